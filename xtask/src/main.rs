@@ -1,1 +1,66 @@
-fn main() {}
+//! Every chore of the project, in one place and in Rust: `cargo xtask demo | test | envtest | packages | bench | fuzz`.
+//!
+//! Whatever is started here ends with this process, also on Ctrl-C; only `demo --keep` leaves something running.
+
+mod bench;
+mod cargo;
+mod demo;
+mod envtest;
+mod fuzz;
+mod interrupt;
+mod packages;
+mod progress;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use keelson_e2e::process;
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Every chore of the project",
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Show the whole chain: kube-apiserver encrypts a secret with a key that lives in an HSM.
+    Demo(demo::Args),
+    /// Run everything that CI runs; ends with one line: passed, failed, skipped.
+    Test(test::Args),
+    /// Get the real kube-apiserver, kubectl, etcd and etcdctl: found or built once.
+    Envtest(envtest::Args),
+    /// Get the Debian packages that the chain needs.
+    Packages,
+    /// Measure.
+    #[command(subcommand)]
+    Bench(bench::Verb),
+    /// Fuzz the parsers.
+    Fuzz(fuzz::Args),
+}
+
+fn main() -> ExitCode {
+    let verb = Cli::parse().verb;
+    let result = interrupt::watch().and_then(|()| match verb {
+        Verb::Demo(args) => demo::run(&args),
+        Verb::Test(args) => test::run(&args),
+        Verb::Envtest(args) => envtest::run(&args),
+        Verb::Packages => packages::ensure().map(|()| ExitCode::SUCCESS),
+        Verb::Bench(verb) => bench::run(&verb),
+        Verb::Fuzz(args) => fuzz::run(&args),
+    });
+    match result {
+        Ok(code) => code,
+        Err(_) if process::is_interrupted() => interrupt::stay_until_exit(),
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

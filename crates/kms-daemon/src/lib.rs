@@ -1,1 +1,7 @@
-//! Placeholder until the module lands.
+//! What both daemons need of their process: log lines, signals and drain, probes and metrics.
+//!
+//! Nothing here knows of keys, and nothing here reads a clock that was not passed in.
+
+pub mod admin;
+pub mod lifecycle;
+pub mod telemetry;

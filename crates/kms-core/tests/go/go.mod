@@ -1,0 +1,3 @@
+module keelson.test/gob
+
+go 1.18

@@ -1,0 +1,304 @@
+//! The vault in an HSM, through PKCS#11.
+//!
+//! `mod` turns each verb into a job; `queue` holds the jobs; `pool` keeps worker threads with
+//! logged-in sessions alive; `seat` is what a worker has in hand; `ops` are the verbs; `keys` what
+//! the objects look like; `module` the loaded library; `raw` the hot path; `error` the table of
+//! return codes. No PKCS#11 call is ever made on a thread of the async runtime.
+
+mod error;
+mod keys;
+mod module;
+mod ops;
+mod pool;
+mod queue;
+mod raw;
+mod seat;
+
+use crate::vault::{MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Vault, VaultError, Wrapped};
+use async_trait::async_trait;
+use error::Fault;
+use kms_core::secret::{SecretBytes, SecretText};
+use module::Module;
+use ops::{Inventory, Origin};
+use pool::Pool;
+use seat::Seat;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Making keys and listing thousands of them takes a token this many times longer than using one.
+const SLOW: u32 = 10;
+
+/// Everything that the vault must be told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The vendor's PKCS#11 module, a shared library.
+    pub library: PathBuf,
+    /// Which token.
+    pub token: TokenChoice,
+    /// The user PIN.
+    pub pin: SecretText,
+    /// How many sessions, each with a thread. SoftHSM: 2 to 4. Network HSM: rate times latency.
+    pub sessions: usize,
+    /// How many requests may wait for a session; more are refused as `Busy`.
+    pub queue: usize,
+    /// How long a caller waits for the use of a key. Making keys is given ten times as long.
+    pub deadline: Duration,
+}
+
+/// How the operator names a token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenChoice {
+    /// By its label. Two tokens with one label are refused.
+    Label(String),
+    /// By its serial number, which no two tokens of a vendor share.
+    Serial(String),
+    /// By its slot. SoftHSM hands out new slot numbers.
+    Slot(u64),
+}
+
+/// The identity of a token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Token {
+    /// What the operator called it.
+    pub label: String,
+    /// What the vendor called it.
+    pub serial: String,
+    /// Where it is.
+    pub slot: u64,
+}
+
+/// Root keys in an HSM.
+#[derive(Debug)]
+pub struct Pkcs11Vault {
+    pool: Pool,
+    making: Making,
+    /// Two callers that miss a signing key must not both make it.
+    signing: Arc<tokio::sync::Mutex<()>>,
+}
+
+/// Makes a token in the first free slot, with both PINs. Run before the first
+/// [`Pkcs11Vault::open`], in a process that does not use the library yet.
+///
+/// # Errors
+/// `Exists` when a token of this label is there: initialising it again would destroy its keys.
+/// `Capacity` when no slot is free, `Credential` when the token dislikes a PIN.
+pub fn init_token(
+    library: &Path,
+    label: &str,
+    so_pin: &SecretText,
+    user_pin: &SecretText,
+) -> Result<Token, VaultError> {
+    if label.is_empty() || label.len() > 32 {
+        return Err(VaultError::BadInput("a token label has 1 to 32 bytes".to_owned()));
+    }
+    let module = Module::load(library).map_err(Fault::into_answer)?;
+    module.initialise().map_err(Fault::into_answer)?;
+    let token = module.make_token(label, so_pin, user_pin).map_err(Fault::into_answer);
+    module.finalise();
+    token
+}
+
+impl Pkcs11Vault {
+    /// Loads the library, finds the token, logs in. Blocks; call it before the service starts.
+    ///
+    /// A token that is away is no error: the vault keeps looking for it and answers `Unavailable`
+    /// meanwhile. [`Vault::probe`] tells.
+    ///
+    /// # Errors
+    /// `Unavailable` when the library cannot be loaded; `Credential` when the PIN is refused.
+    pub fn open(settings: Settings) -> Result<Self, VaultError> {
+        if settings.sessions == 0 || settings.queue == 0 {
+            return Err(VaultError::BadInput("sessions and queue must be at least 1".to_owned()));
+        }
+        let pool = Pool::start(settings)?;
+        Ok(Self { pool, making: Making::default(), signing: Arc::default() })
+    }
+
+    /// The token in use; `None` until it was found for the first time.
+    #[must_use]
+    pub fn token(&self) -> Option<Token> {
+        self.pool.token()
+    }
+
+    async fn use_key<T: Send + 'static>(
+        &self,
+        work: impl FnMut(&Seat) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, VaultError> {
+        self.pool.call(self.pool.settings().deadline, None, work).await
+    }
+
+    async fn inventory(&self) -> Result<Inventory, VaultError> {
+        self.pool.call(self.pool.settings().patience(), None, ops::inventory).await
+    }
+
+    async fn create(&self, id: Uuid, origin: Origin) -> Result<(), VaultError> {
+        let reserved = self.making.reserve(id).ok_or(VaultError::Exists)?;
+        let mut begun = false;
+        let work = move |seat: &Seat| {
+            let _reserved = &reserved;
+            ops::create(seat, id, &origin, &mut begun)
+        };
+        // Nobody knows a key whose creator did not wait for the answer.
+        let undo = move |seat: &Seat| {
+            if let Err(fault) = ops::destroy(seat, id, &mut true) {
+                tracing::warn!("CRK version {id}, which nobody waits for, stays: {fault:?}");
+            }
+        };
+        let patience = self.pool.settings().patience();
+        self.pool.call(patience, Some(Box::new(undo)), work).await.map_err(not_the_callers_fault)
+    }
+}
+
+#[async_trait]
+impl Vault for Pkcs11Vault {
+    async fn create_version(&self, id: Uuid) -> Result<(), VaultError> {
+        self.create(id, Origin::Token).await
+    }
+
+    async fn import_version(&self, id: Uuid, material: SecretBytes) -> Result<(), VaultError> {
+        if !matches!(material.len(), 16 | 24 | 32) {
+            return Err(VaultError::BadInput(format!("{} bytes of key material", material.len())));
+        }
+        self.create(id, Origin::Import(material)).await
+    }
+
+    async fn destroy_version(&self, id: Uuid) -> Result<(), VaultError> {
+        let reserved = self.making.reserve(id).ok_or(VaultError::Busy)?;
+        let mut begun = false;
+        self.use_key(move |seat| {
+            let _reserved = &reserved;
+            ops::destroy(seat, id, &mut begun)
+        })
+        .await
+    }
+
+    async fn wrap(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        dek: SecretBytes,
+    ) -> Result<Wrapped, VaultError> {
+        if dek.is_empty() || dek.len() > MAX_PLAINTEXT {
+            return Err(VaultError::BadInput(format!("{} bytes to wrap", dek.len())));
+        }
+        let context = context.to_vec();
+        self.use_key(move |seat| ops::wrap(seat, id, &context, &dek)).await
+    }
+
+    async fn unwrap(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        wrapped: Wrapped,
+    ) -> Result<SecretBytes, VaultError> {
+        let context = context.to_vec();
+        let opened = self.use_key(move |seat| ops::unwrap(seat, id, &context, &wrapped)).await;
+        // Every failure to open looks alike, whatever the token said of the padding.
+        opened.map_err(|error| match error {
+            VaultError::BadInput(_) => VaultError::NotAuthentic,
+            other => other,
+        })
+    }
+
+    async fn random(&self, len: usize) -> Result<SecretBytes, VaultError> {
+        if len > MAX_RANDOM {
+            return Err(VaultError::BadInput(format!("{len} random bytes at once")));
+        }
+        self.use_key(move |seat| ops::random(seat, len)).await
+    }
+
+    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        let patience = self.pool.settings().patience();
+        let one_at_a_time = Arc::clone(&self.signing).lock_owned();
+        let turn = tokio::time::timeout(patience, one_at_a_time).await;
+        let turn = turn.map_err(|_| VaultError::TimedOut)?;
+        let work = move |seat: &Seat| {
+            let _turn = &turn;
+            ops::signing_key(seat, id)
+        };
+        self.pool.call(patience, None, work).await.map_err(not_the_callers_fault)
+    }
+
+    async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError> {
+        let data = data.to_vec();
+        self.use_key(move |seat| ops::sign(seat, id, &data)).await
+    }
+
+    async fn versions(&self) -> Result<Vec<Uuid>, VaultError> {
+        Ok(self.inventory().await?.whole)
+    }
+
+    async fn incomplete(&self) -> Result<Vec<Uuid>, VaultError> {
+        Ok(self.inventory().await?.incomplete)
+    }
+
+    async fn probe(&self) -> Result<(), VaultError> {
+        self.use_key(Seat::canary).await
+    }
+}
+
+impl Settings {
+    fn patience(&self) -> Duration {
+        self.deadline.saturating_mul(SLOW)
+    }
+}
+
+impl TokenChoice {
+    fn fits(&self, token: &Token) -> bool {
+        match self {
+            Self::Label(label) => token.label == *label,
+            Self::Serial(serial) => token.serial == *serial,
+            Self::Slot(slot) => token.slot == *slot,
+        }
+    }
+}
+
+impl fmt::Display for TokenChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Label(label) => write!(f, "label \"{label}\""),
+            Self::Serial(serial) => write!(f, "serial {serial}"),
+            Self::Slot(slot) => write!(f, "slot {slot}"),
+        }
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "token \"{}\" (serial {}, slot {})", self.label, self.serial, self.slot)
+    }
+}
+
+/// The names that are being made or destroyed now. PKCS#11 knows no unique CKA_ID, so two threads
+/// could make the same key twice; a job keeps its reservation even when its caller has left.
+#[derive(Clone, Debug, Default)]
+struct Making(Arc<Mutex<BTreeSet<Uuid>>>);
+
+struct Reserved {
+    making: Making,
+    id: Uuid,
+}
+
+impl Making {
+    fn reserve(&self, id: Uuid) -> Option<Reserved> {
+        let free = self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+        free.then(|| Reserved { making: self.clone(), id })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.making.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+fn not_the_callers_fault(error: VaultError) -> VaultError {
+    match error {
+        VaultError::BadInput(what) => VaultError::Policy(what),
+        other => other,
+    }
+}

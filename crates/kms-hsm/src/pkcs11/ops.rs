@@ -1,0 +1,308 @@
+//! The verbs of the vault as PKCS#11 calls on one session. A wrap is five calls, an unwrap four.
+//!
+//! Each may run twice, because the session can be lost half-way: what makes something says how a
+//! second run treats what the first one left.
+
+use crate::pkcs11::error::Fault;
+use crate::pkcs11::keys::{self, Kind};
+use crate::pkcs11::raw::BLOCK;
+use crate::pkcs11::seat::Seat;
+use crate::vault::{RsaPublic, VaultError, Wrapped};
+use aws_lc_rs::constant_time::verify_slices_are_equal;
+use aws_lc_rs::rsa::{
+    OAEP_SHA1_MGF1SHA1, OaepPublicEncryptingKey, PublicEncryptingKey, PublicKeyComponents,
+};
+use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource};
+use cryptoki::mechanism::{Mechanism, MechanismType};
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
+use cryptoki::types::Ulong;
+use kms_core::secret::SecretBytes;
+use kms_core::wdek::mac_input;
+use std::collections::BTreeMap;
+use uuid::Uuid;
+
+/// Where the AES key of a new CRK version comes from.
+#[derive(Debug)]
+pub(super) enum Origin {
+    /// The token makes it.
+    Token,
+    /// The user brought it.
+    Import(SecretBytes),
+}
+
+/// What the token holds of CRK versions.
+#[derive(Debug, Default)]
+pub(super) struct Inventory {
+    pub(super) whole: Vec<Uuid>,
+    pub(super) incomplete: Vec<Uuid>,
+}
+
+pub(super) fn wrap(
+    seat: &Seat,
+    id: Uuid,
+    context: &[u8],
+    dek: &SecretBytes,
+) -> Result<Wrapped, Fault> {
+    let root = seat.key(id, Kind::Root)?;
+    let mac = seat.key(id, Kind::Mac)?;
+    let mut iv = [0; BLOCK];
+    seat.session().generate_random_slice(&mut iv)?;
+    let ciphertext = seat.raw().encrypt(seat.session(), root, &iv, dek.as_slice())?;
+    let hash = seat.raw().hmac(seat.session(), mac, &mac_input(context, &iv, &ciphertext))?;
+    Ok(Wrapped { iv: iv.to_vec(), ciphertext, hash: hash.to_vec() })
+}
+
+/// The code first: CBC without it is a padding oracle.
+pub(super) fn unwrap(
+    seat: &Seat,
+    id: Uuid,
+    context: &[u8],
+    wrapped: &Wrapped,
+) -> Result<SecretBytes, Fault> {
+    let root = seat.key(id, Kind::Root)?;
+    let mac = seat.key(id, Kind::Mac)?;
+    let covered = mac_input(context, &wrapped.iv, &wrapped.ciphertext);
+    let hash = seat.raw().hmac(seat.session(), mac, &covered)?;
+    // Compared here and not by C_Verify, whose time is the vendor's affair.
+    verify_slices_are_equal(&hash, &wrapped.hash).map_err(|_| VaultError::NotAuthentic)?;
+    let iv = wrapped.iv.as_slice().try_into().map_err(|_| VaultError::NotAuthentic)?;
+    let mut dek = seat.raw().decrypt(seat.session(), root, iv, &wrapped.ciphertext)?;
+    Ok(SecretBytes::new(std::mem::take(&mut *dek)))
+}
+
+pub(super) fn random(seat: &Seat, len: usize) -> Result<SecretBytes, Fault> {
+    let mut bytes = zeroize::Zeroizing::new(vec![0; len]);
+    seat.session().generate_random_slice(&mut bytes)?;
+    Ok(SecretBytes::new(std::mem::take(&mut *bytes)))
+}
+
+/// Makes both keys of a version, or leaves nothing.
+///
+/// `begun` is false on the first run, and is set once the name was seen to be free. Only from then
+/// on is what carries the name a leftover of ours, which a second run may destroy.
+///
+/// # Errors
+/// `Exists` when the name was not free.
+pub(super) fn create(
+    seat: &Seat,
+    id: Uuid,
+    origin: &Origin,
+    begun: &mut bool,
+) -> Result<(), Fault> {
+    if *begun {
+        clear(seat, id)?;
+    } else if !parts(seat, id)?.is_empty() {
+        return Err(VaultError::Exists.into());
+    }
+    *begun = true;
+    make(seat, id, origin).inspect_err(|_| {
+        // The one who asked hears of the first failure; a part that stays shows as incomplete.
+        if let Err(fault) = clear(seat, id) {
+            tracing::warn!("a part of CRK version {id} stays in the token: {fault:?}");
+        }
+    })
+}
+
+/// Destroys what there is of a version. `begun` is set once there was something to destroy.
+///
+/// # Errors
+/// `NotFound` when there never was.
+pub(super) fn destroy(seat: &Seat, id: Uuid, begun: &mut bool) -> Result<(), Fault> {
+    if !*begun && parts(seat, id)?.is_empty() {
+        return Err(VaultError::NotFound.into());
+    }
+    *begun = true;
+    clear(seat, id)
+}
+
+pub(super) fn sign(seat: &Seat, id: Uuid, data: &[u8]) -> Result<Vec<u8>, Fault> {
+    let key = seat.key(id, Kind::Signing)?;
+    seat.raw().sign(seat.session(), key, data)
+}
+
+/// Finds or makes a key pair. One half alone is what a crash leaves; the pair is made anew.
+pub(super) fn signing_key(seat: &Seat, id: Uuid) -> Result<RsaPublic, Fault> {
+    let halves = [Kind::Verifying, Kind::Signing].map(|kind| present(seat.key(id, kind)));
+    match halves {
+        [Ok(Some(public)), Ok(Some(private))] => {
+            check_pair(seat, id, public, private)?;
+            public_numbers(seat, public)
+        }
+        [Ok(public), Ok(private)] => {
+            seat.forget(id);
+            for half in public.into_iter().chain(private) {
+                seat.session().destroy_object(half)?;
+            }
+            generate_pair(seat, id)
+        }
+        [Err(fault), _] | [_, Err(fault)] => Err(fault),
+    }
+}
+
+/// Reads which versions there are, and remembers their handles on the way.
+pub(super) fn inventory(seat: &Seat) -> Result<Inventory, Fault> {
+    let search = [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true)];
+    let mut found: BTreeMap<Uuid, Vec<(Kind, ObjectHandle)>> = BTreeMap::new();
+    for object in seat.find(&search)? {
+        if let Some((id, kind)) = identify(seat, object)? {
+            found.entry(id).or_default().push((kind, object));
+        }
+    }
+    let mut inventory = Inventory::default();
+    for (id, mut parts) in found {
+        parts.sort_by_key(|(kind, _)| *kind != Kind::Root);
+        if let [(Kind::Root, root), (Kind::Mac, mac)] = parts[..] {
+            seat.remember(id, Kind::Root, root);
+            seat.remember(id, Kind::Mac, mac);
+            inventory.whole.push(id);
+        } else {
+            inventory.incomplete.push(id);
+        }
+    }
+    Ok(inventory)
+}
+
+fn make(seat: &Seat, id: Uuid, origin: &Origin) -> Result<(), Fault> {
+    match origin {
+        Origin::Token => generate(seat, id, Kind::Root, keys::ROOT_KEY_LEN)?,
+        Origin::Import(material) => import(seat, id, material)?,
+    }
+    generate(seat, id, Kind::Mac, keys::MAC_KEY_LEN)
+}
+
+fn generate(seat: &Seat, id: Uuid, kind: Kind, len: u64) -> Result<(), Fault> {
+    let mechanism = match kind {
+        Kind::Root => Mechanism::AesKeyGen,
+        _ => Mechanism::GenericSecretKeyGen,
+    };
+    let mut template = kind.template(id);
+    template.push(Attribute::ValueLen(Ulong::from(len)));
+    let key = seat.session().generate_key(&mechanism, &template)?;
+    template.extend(keys::made_inside());
+    keys::check(seat.session(), key, &template)
+}
+
+/// Key material enters encrypted, under a key pair that the token makes for this one import, and
+/// is an object only inside. SHA-1 in OAEP because SoftHSM knows no other; OAEP does not rest on
+/// collision resistance.
+fn import(seat: &Seat, id: Uuid, material: &SecretBytes) -> Result<(), Fault> {
+    let session = seat.session();
+    let (public, private) = keys::transport_pair();
+    let (public, private) =
+        session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?;
+    let template = Kind::Root.template(id);
+    let imported = public_numbers(seat, public)
+        .and_then(|numbers| pack(&numbers, material))
+        .and_then(|parcel| Ok(session.unwrap_key(&oaep(), private, &parcel, &template)?));
+    session.destroy_object(private)?;
+    session.destroy_object(public)?;
+    keys::check(session, imported?, &template)
+}
+
+fn oaep() -> Mechanism<'static> {
+    Mechanism::RsaPkcsOaep(PkcsOaepParams::new(
+        MechanismType::SHA1,
+        PkcsMgfType::MGF1_SHA1,
+        PkcsOaepSource::empty(),
+    ))
+}
+
+fn pack(public: &RsaPublic, material: &SecretBytes) -> Result<Vec<u8>, Fault> {
+    let broken = |_| Fault::device("the token made an RSA key that does not encrypt");
+    let numbers = PublicKeyComponents { n: &public.n, e: &public.e };
+    let key: PublicEncryptingKey = numbers.try_into().map_err(broken)?;
+    let key = OaepPublicEncryptingKey::new(key).map_err(broken)?;
+    let mut parcel = vec![0; key.ciphertext_size()];
+    let len = key
+        .encrypt(&OAEP_SHA1_MGF1SHA1, material.as_slice(), &mut parcel, None)
+        .map_err(broken)?
+        .len();
+    parcel.truncate(len);
+    Ok(parcel)
+}
+
+fn generate_pair(seat: &Seat, id: Uuid) -> Result<RsaPublic, Fault> {
+    let mut template = Kind::Verifying.template(id);
+    template.extend(keys::rsa_length());
+    let (public, private) = seat.session().generate_key_pair(
+        &Mechanism::RsaPkcsKeyPairGen,
+        &template,
+        &Kind::Signing.template(id),
+    )?;
+    let checked = check_pair(seat, id, public, private);
+    if checked.is_err() {
+        seat.session().destroy_object(private)?;
+        seat.session().destroy_object(public)?;
+    }
+    checked.and_then(|()| public_numbers(seat, public))
+}
+
+fn check_pair(
+    seat: &Seat,
+    id: Uuid,
+    public: ObjectHandle,
+    private: ObjectHandle,
+) -> Result<(), Fault> {
+    let mut wanted_public = Kind::Verifying.template(id);
+    wanted_public.extend(keys::rsa_length());
+    let mut wanted_private = Kind::Signing.template(id);
+    wanted_private.extend(keys::made_inside());
+    keys::check(seat.session(), public, &wanted_public)?;
+    keys::check(seat.session(), private, &wanted_private)
+}
+
+fn present(found: Result<ObjectHandle, Fault>) -> Result<Option<ObjectHandle>, Fault> {
+    match found {
+        Err(Fault::Answer(VaultError::NotFound)) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
+fn public_numbers(seat: &Seat, public: ObjectHandle) -> Result<RsaPublic, Fault> {
+    let types = [AttributeType::Modulus, AttributeType::PublicExponent];
+    let mut numbers = RsaPublic { n: Vec::new(), e: Vec::new() };
+    for attribute in seat.session().get_attributes(public, &types)? {
+        match attribute {
+            Attribute::Modulus(n) => numbers.n = without_zeros(n),
+            Attribute::PublicExponent(e) => numbers.e = without_zeros(e),
+            _ => {}
+        }
+    }
+    Ok(numbers)
+}
+
+fn without_zeros(mut number: Vec<u8>) -> Vec<u8> {
+    let zeros = number.iter().take_while(|byte| **byte == 0).count();
+    number.drain(..zeros);
+    number
+}
+
+fn parts(seat: &Seat, id: Uuid) -> Result<Vec<ObjectHandle>, Fault> {
+    let mut parts = seat.find(&Kind::Root.search(id))?;
+    parts.extend(seat.find(&Kind::Mac.search(id))?);
+    Ok(parts)
+}
+
+fn clear(seat: &Seat, id: Uuid) -> Result<(), Fault> {
+    let parts = parts(seat, id)?;
+    seat.forget(id);
+    for part in parts {
+        seat.session().destroy_object(part)?;
+    }
+    Ok(())
+}
+
+/// Which of our secret keys this is; `None` for a stranger's.
+fn identify(seat: &Seat, object: ObjectHandle) -> Result<Option<(Uuid, Kind)>, Fault> {
+    let types = [AttributeType::Id, AttributeType::KeyType];
+    let (mut id, mut kind) = (None, None);
+    for attribute in seat.session().get_attributes(object, &types)? {
+        match attribute {
+            Attribute::Id(bytes) => id = Uuid::from_slice(&bytes).ok(),
+            Attribute::KeyType(KeyType::AES) => kind = Some(Kind::Root),
+            Attribute::KeyType(KeyType::GENERIC_SECRET) => kind = Some(Kind::Mac),
+            _ => {}
+        }
+    }
+    Ok(id.zip(kind))
+}

@@ -1,0 +1,300 @@
+//! The crew of worker threads, and the supervisor who musters it, again and again.
+//!
+//! A crew lives as long as its sessions. When one worker loses its session the whole crew leaves
+//! and a new one comes: were a session number given out twice, two threads would share a session
+//! and one would encrypt with the other's key. The library is finalised only after the last worker
+//! has left, because C_Finalize under a running call is undefined.
+
+use crate::pkcs11::error::{Class, Fault};
+use crate::pkcs11::module::Module;
+use crate::pkcs11::queue::{Call, Job, Phase, Queue, Repair, Undo};
+use crate::pkcs11::seat::{Handles, Seat};
+use crate::pkcs11::{Settings, Token};
+use crate::vault::VaultError;
+use std::convert::Infallible;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// A token that comes back is found within this time, and sees one login in it.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Some drivers come back only when they are really unloaded.
+const RELOAD_AFTER: u32 = 10;
+
+/// Worker threads behind a queue.
+#[derive(Debug)]
+pub(super) struct Pool {
+    shared: Arc<Shared>,
+    /// Closed when the supervisor has ended; nothing is ever sent.
+    ended: Mutex<mpsc::Receiver<Infallible>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Queue,
+    settings: Settings,
+    /// The token that answered first. Another one in its place is not ours.
+    token: Mutex<Option<Token>>,
+}
+
+/// How serving a job ended.
+enum Outcome {
+    Answered,
+    Failed(VaultError),
+    Lost(Repair, String),
+}
+
+impl Pool {
+    /// Loads the library and waits for the outcome of the first attempt to log in.
+    ///
+    /// # Errors
+    /// A library that cannot be loaded, a PIN that is refused. A token that is away is no error:
+    /// it is waited for.
+    pub(super) fn start(settings: Settings) -> Result<Self, VaultError> {
+        let module = Module::load(&settings.library).map_err(Fault::into_answer)?;
+        let patience = settings.patience();
+        let queue = Queue::new(settings.queue);
+        let shared = Arc::new(Shared { queue, settings, token: Mutex::new(None) });
+        let (alive, ended) = mpsc::channel();
+        let supervisor = std::thread::Builder::new().name("hsm-supervisor".to_owned()).spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                supervise(&shared, Arc::new(module));
+                drop(alive);
+            }
+        });
+        supervisor.map_err(|error| VaultError::Unavailable {
+            cause: format!("cannot start a thread: {error}"),
+        })?;
+        let pool = Self { shared, ended: Mutex::new(ended) };
+        pool.shared.queue.wait(patience, |phase, _| *phase != Phase::Starting);
+        match pool.shared.queue.phase() {
+            Phase::Refused(cause) => Err(VaultError::Credential(cause)),
+            _ => Ok(pool),
+        }
+    }
+
+    /// Has a worker do `work`, which may run more than once, and waits until the deadline.
+    ///
+    /// `undo` runs when the work was done but its caller no longer waits.
+    pub(super) async fn call<T: Send + 'static>(
+        &self,
+        deadline: Duration,
+        undo: Option<Undo>,
+        work: impl FnMut(&Seat) -> Result<T, Fault> + Send + 'static,
+    ) -> Result<T, VaultError> {
+        let (call, ticket, answer) = Call::new(work, undo);
+        self.shared.queue.submit(call)?;
+        match tokio::time::timeout(deadline, answer).await {
+            Ok(Ok(answer)) => answer,
+            // The worker panicked and dropped the job.
+            Ok(Err(_)) => Err(VaultError::Unavailable { cause: "a worker ended".to_owned() }),
+            Err(_) => {
+                ticket.expire();
+                Err(VaultError::TimedOut)
+            }
+        }
+    }
+
+    /// The token that was found, once it was.
+    pub(super) fn token(&self) -> Option<Token> {
+        self.shared.token()
+    }
+
+    pub(super) fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.queue.down(Phase::Closed);
+        let patience = self.shared.settings.patience();
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if ended.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
+            tracing::warn!("a call into the PKCS#11 library does not return; it is left behind");
+        }
+    }
+}
+
+impl Shared {
+    fn token(&self) -> Option<Token> {
+        self.token.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+fn supervise(shared: &Arc<Shared>, module: Arc<Module>) {
+    let mut module = Some(module);
+    let mut failures = 0;
+    loop {
+        match muster(shared, module.as_ref()) {
+            Ok(()) => {
+                failures = 0;
+                see_off(shared);
+            }
+            Err(fault) => {
+                failures += 1;
+                report(shared, fault, failures);
+            }
+        }
+        match shared.queue.phase() {
+            Phase::Broken(Repair::Sessions, _) => continue,
+            Phase::Closed | Phase::Refused(_) => break,
+            Phase::Starting | Phase::Up | Phase::Broken(..) | Phase::Down(_) => {}
+        }
+        if let Some(module) = &module {
+            module.finalise();
+        }
+        if failures > 0 {
+            shared.queue.wait(pause(failures), |phase, _| *phase == Phase::Closed);
+        }
+        if module.is_none() || (failures > 0 && failures % RELOAD_AFTER == 0) {
+            drop(module.take());
+            module = Module::load(&shared.settings.library).ok().map(Arc::new);
+        }
+    }
+    if let Some(module) = &module {
+        module.finalise();
+    }
+}
+
+/// Finds the token, logs in, lets a canary sing, and sends a crew to work.
+fn muster(shared: &Arc<Shared>, module: Option<&Arc<Module>>) -> Result<(), Fault> {
+    let settings = &shared.settings;
+    let module = module.ok_or_else(|| Fault::device("the PKCS#11 library cannot be loaded"))?;
+    module.initialise()?;
+    let token = module.token(&settings.token)?;
+    if let Some(known) = shared.token()
+        && known.serial != token.serial
+    {
+        let (now, before) = (&token.serial, &known.serial);
+        return Err(Fault::device(format!("token {now} is in the place of token {before}")));
+    }
+    let sessions = module.sessions(&token, settings.sessions, &settings.pin)?;
+    let handles = Arc::new(Handles::default());
+    let seats: Vec<Seat> = sessions
+        .into_iter()
+        .map(|session| Seat::new(session, Arc::clone(&handles), Arc::clone(module)))
+        .collect();
+    if let Some(first) = seats.first() {
+        first.canary()?;
+    }
+    tracing::info!("HSM {token} is ready, {} sessions", seats.len());
+    *shared.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token);
+    send_to_work(shared, seats)
+}
+
+fn send_to_work(shared: &Arc<Shared>, seats: Vec<Seat>) -> Result<(), Fault> {
+    shared.queue.up(seats.len());
+    let mut failure = None;
+    for (number, seat) in seats.into_iter().enumerate() {
+        let name = format!("hsm-{number}");
+        let worker = std::thread::Builder::new().name(name).spawn({
+            let shared = Arc::clone(shared);
+            move || work(&shared, seat)
+        });
+        if let Err(error) = worker {
+            shared.queue.leave();
+            failure = Some(error);
+        }
+    }
+    match failure {
+        Some(error) => {
+            see_off(shared);
+            Err(Fault::device(format!("cannot start a thread: {error}")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Waits for the end of this crew's time, and then for the last of it to leave.
+fn see_off(shared: &Shared) {
+    if let Phase::Broken(_, cause) = shared.queue.wait_for(|phase, _| *phase != Phase::Up) {
+        tracing::warn!("HSM lost, connecting again: {cause}");
+    }
+    let gone = |_: &Phase, crew: usize| crew == 0;
+    if !shared.queue.wait(shared.settings.deadline, gone) {
+        // Nothing can be repaired while a call is under way: refuse, and wait for it.
+        let cause = "a call into the PKCS#11 library does not return".to_owned();
+        shared.queue.down(Phase::Down(cause));
+    }
+    shared.queue.wait_for(gone);
+}
+
+fn report(shared: &Shared, fault: Fault, failures: u32) {
+    let cause = match fault.into_answer() {
+        VaultError::Credential(cause) => {
+            tracing::error!("HSM refuses the PIN, nothing more is tried: {cause}");
+            return shared.queue.down(Phase::Refused(cause));
+        }
+        VaultError::Unavailable { cause } => cause,
+        other => other.to_string(),
+    };
+    if shared.queue.phase() != Phase::Down(cause.clone()) {
+        tracing::warn!("HSM not available, trying again (attempt {failures}): {cause}");
+    }
+    shared.queue.down(Phase::Down(cause));
+}
+
+fn pause(failures: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(10)).min(LONGEST_PAUSE)
+}
+
+fn work(shared: &Shared, seat: Seat) {
+    let leaving = Leaving(&shared.queue);
+    serve_all(&shared.queue, &seat);
+    // The session is closed before this worker counts as gone.
+    drop(seat);
+    drop(leaving);
+}
+
+fn serve_all(queue: &Queue, seat: &Seat) {
+    while let Some(mut job) = queue.take() {
+        let outcome = serve(seat, job.as_mut());
+        queue.done(job.ticket());
+        match outcome {
+            Outcome::Answered => {}
+            Outcome::Failed(error) => job.fail(error),
+            Outcome::Lost(repair, cause) => return queue.broken(repair, &cause, job),
+        }
+    }
+}
+
+fn serve(seat: &Seat, job: &mut dyn Job) -> Outcome {
+    let mut result = job.run(seat);
+    if let Err(fault) = &result
+        && fault.class() == Some(Class::Handle)
+    {
+        seat.forget_all();
+        result = job.run(seat);
+    }
+    let Err(fault) = result else { return Outcome::Answered };
+    match fault.class() {
+        Some(Class::Session) => Outcome::Lost(Repair::Sessions, cause(fault)),
+        Some(Class::Device) => Outcome::Lost(Repair::Device, cause(fault)),
+        Some(Class::Ambiguous) => match seat.canary() {
+            Ok(()) => Outcome::Failed(fault.into_answer()),
+            Err(canary) if canary.class() == Some(Class::Session) => {
+                Outcome::Lost(Repair::Sessions, cause(canary))
+            }
+            Err(_) => Outcome::Lost(Repair::Device, cause(fault)),
+        },
+        _ => Outcome::Failed(fault.into_answer()),
+    }
+}
+
+fn cause(fault: Fault) -> String {
+    match fault {
+        Fault::Token { what, .. } => what,
+        Fault::Answer(error) => error.to_string(),
+    }
+}
+
+/// Counts a worker out, however it ends.
+struct Leaving<'a>(&'a Queue);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}

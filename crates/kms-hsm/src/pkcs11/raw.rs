@@ -1,0 +1,203 @@
+//! The hot path: Encrypt, Decrypt and Sign in two calls each, straight through the C function list.
+//!
+//! The safe wrapper asks for the length of the result first; over a network HSM that third call
+//! costs a third of the rate. We know the lengths, so the buffers are made here. This is the only
+//! file of the product with unsafe code.
+
+use crate::pkcs11::error::Fault;
+use cryptoki::context::Function;
+use cryptoki::error::{Error, Rv};
+use cryptoki::object::ObjectHandle;
+use cryptoki::session::Session;
+use cryptoki_sys::{
+    CK_BYTE, CK_FUNCTION_LIST, CK_MECHANISM, CK_MECHANISM_TYPE, CK_OBJECT_HANDLE, CK_RV,
+    CK_SESSION_HANDLE, CK_ULONG, CKM_AES_CBC_PAD, CKM_SHA256_RSA_PKCS, CKM_SHA512_HMAC,
+};
+use std::path::Path;
+use std::ptr;
+use zeroize::Zeroizing;
+
+pub(super) const BLOCK: usize = 16;
+pub(super) const HMAC_LEN: usize = 64;
+/// RSA-4096; ours are shorter.
+const SIGNATURE_MAX: usize = 512;
+
+/// `C_*Init` of the three operations.
+type Init = unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_MECHANISM, CK_OBJECT_HANDLE) -> CK_RV;
+
+/// `C_Encrypt`, `C_Decrypt` and `C_Sign`: session, input and its length, output and its length.
+type Work = unsafe extern "C" fn(
+    CK_SESSION_HANDLE,
+    *mut CK_BYTE,
+    CK_ULONG,
+    *mut CK_BYTE,
+    *mut CK_ULONG,
+) -> CK_RV;
+
+/// The function list of a loaded module, and the module itself, which must outlive it.
+pub(super) struct Raw {
+    functions: CK_FUNCTION_LIST,
+    _library: cryptoki_sys::Pkcs11,
+}
+
+/// One operation with a key of the token.
+struct Operation<'a> {
+    init: (Option<Init>, Function),
+    work: (Option<Work>, Function),
+    mechanism: CK_MECHANISM_TYPE,
+    iv: Option<&'a [u8; BLOCK]>,
+}
+
+impl Raw {
+    /// Loads the module once more; the loader counts, so it is the same module with the same state.
+    #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
+    pub(super) fn load(library: &Path) -> Result<Self, Fault> {
+        // SAFETY: the operator names the module; its initialisers run as for any linked library.
+        let library = unsafe { cryptoki_sys::Pkcs11::new(library) }.map_err(Error::from)?;
+        let Ok(list_of) = &library.C_GetFunctionList else {
+            return Err(Error::MissingSymbol("C_GetFunctionList").into());
+        };
+        let mut list: *mut CK_FUNCTION_LIST = ptr::null_mut();
+        // SAFETY: the argument is a valid place for one pointer, as the standard asks.
+        let code = unsafe { list_of(&raw mut list) };
+        Rv::from(code).into_result(Function::GetFunctionList)?;
+        if list.is_null() {
+            return Err(Error::NullFunctionPointer.into());
+        }
+        // SAFETY: not null, and C_GetFunctionList promises a CK_FUNCTION_LIST of version 2 that
+        // lives as long as the module is loaded; we copy it and keep the module beside it.
+        let functions = unsafe { *list };
+        Ok(Self { functions, _library: library })
+    }
+
+    /// AES-CBC-PAD. The ciphertext is one to sixteen bytes longer than the plaintext.
+    pub(super) fn encrypt(
+        &self,
+        session: &Session,
+        key: ObjectHandle,
+        iv: &[u8; BLOCK],
+        plaintext: &[u8],
+    ) -> Result<Vec<u8>, Fault> {
+        let operation = Operation {
+            init: (self.functions.C_EncryptInit, Function::EncryptInit),
+            work: (self.functions.C_Encrypt, Function::Encrypt),
+            mechanism: CKM_AES_CBC_PAD,
+            iv: Some(iv),
+        };
+        let mut ciphertext = vec![0; (plaintext.len() / BLOCK + 1) * BLOCK];
+        let len = operation.run(session, key, plaintext, &mut ciphertext)?;
+        ciphertext.truncate(len);
+        Ok(ciphertext)
+    }
+
+    /// AES-CBC-PAD, into a buffer that is wiped. Check the code over the ciphertext first.
+    pub(super) fn decrypt(
+        &self,
+        session: &Session,
+        key: ObjectHandle,
+        iv: &[u8; BLOCK],
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, Fault> {
+        let operation = Operation {
+            init: (self.functions.C_DecryptInit, Function::DecryptInit),
+            work: (self.functions.C_Decrypt, Function::Decrypt),
+            mechanism: CKM_AES_CBC_PAD,
+            iv: Some(iv),
+        };
+        let mut plaintext = Zeroizing::new(vec![0; ciphertext.len()]);
+        let len = operation.run(session, key, ciphertext, &mut plaintext)?;
+        plaintext.truncate(len);
+        Ok(plaintext)
+    }
+
+    /// HMAC-SHA-512, all 64 bytes of it.
+    pub(super) fn hmac(
+        &self,
+        session: &Session,
+        key: ObjectHandle,
+        data: &[u8],
+    ) -> Result<[u8; HMAC_LEN], Fault> {
+        let mut tag = [0; HMAC_LEN];
+        let len = self.signing(CKM_SHA512_HMAC).run(session, key, data, &mut tag)?;
+        if len != HMAC_LEN {
+            return Err(Fault::device(format!("C_Sign: an HMAC-SHA-512 of {len} bytes")));
+        }
+        Ok(tag)
+    }
+
+    /// RSASSA-PKCS1-v1_5 with SHA-256.
+    pub(super) fn sign(
+        &self,
+        session: &Session,
+        key: ObjectHandle,
+        data: &[u8],
+    ) -> Result<Vec<u8>, Fault> {
+        let mut signature = vec![0; SIGNATURE_MAX];
+        let len = self.signing(CKM_SHA256_RSA_PKCS).run(session, key, data, &mut signature)?;
+        signature.truncate(len);
+        Ok(signature)
+    }
+
+    fn signing(&self, mechanism: CK_MECHANISM_TYPE) -> Operation<'static> {
+        Operation {
+            init: (self.functions.C_SignInit, Function::SignInit),
+            work: (self.functions.C_Sign, Function::Sign),
+            mechanism,
+            iv: None,
+        }
+    }
+}
+
+impl Operation<'_> {
+    /// Runs both calls and returns how many bytes of `output` the module has filled.
+    #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
+    fn run(
+        self,
+        session: &Session,
+        key: ObjectHandle,
+        input: &[u8],
+        output: &mut [u8],
+    ) -> Result<usize, Fault> {
+        let init = self.init.0.ok_or(Error::NullFunctionPointer)?;
+        let work = self.work.0.ok_or(Error::NullFunctionPointer)?;
+        let mut mechanism = self.parameters()?;
+        // SAFETY: the session is ours alone (Session is not Sync), `mechanism` and the IV that it
+        // points to live to the end of this function, and the module copies both.
+        let code = unsafe { init(session.handle(), &raw mut mechanism, key.handle()) };
+        Rv::from(code).into_result(self.init.1)?;
+
+        let mut len = CK_ULONG::try_from(output.len()).map_err(Error::from)?;
+        let input_len = CK_ULONG::try_from(input.len()).map_err(Error::from)?;
+        // SAFETY: the pointers and lengths are those of two live slices. The module reads the
+        // input, which C declares mutable for old compilers' sake, and writes at most `len` bytes.
+        let code = unsafe {
+            work(
+                session.handle(),
+                input.as_ptr().cast_mut(),
+                input_len,
+                output.as_mut_ptr(),
+                &raw mut len,
+            )
+        };
+        Rv::from(code).into_result(self.work.1)?;
+        let len = usize::try_from(len).map_err(Error::from)?;
+        if len > output.len() {
+            return Err(Fault::device(format!("C_{:?}: more bytes than fit", self.work.1)));
+        }
+        Ok(len)
+    }
+
+    fn parameters(&self) -> Result<CK_MECHANISM, Error> {
+        let (parameter, len) = match self.iv {
+            Some(iv) => (iv.as_ptr().cast_mut().cast(), CK_ULONG::try_from(iv.len())?),
+            None => (ptr::null_mut(), 0),
+        };
+        Ok(CK_MECHANISM { mechanism: self.mechanism, pParameter: parameter, ulParameterLen: len })
+    }
+}
+
+impl std::fmt::Debug for Raw {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Raw").finish_non_exhaustive()
+    }
+}

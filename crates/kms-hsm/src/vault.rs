@@ -1,0 +1,153 @@
+//! The vault: what the key service may ask of the thing that holds the root keys.
+//!
+//! A version of a CRK is named by its UUID alone. There is no method that returns a root key, none
+//! that lists attributes, and none that opens something whose code was not checked first.
+
+use async_trait::async_trait;
+use kms_core::secret::SecretBytes;
+use std::fmt::Debug;
+use uuid::Uuid;
+
+/// The longest input of [`Vault::wrap`], in bytes: what the on-premises key service allows.
+pub const MAX_PLAINTEXT: usize = 4096;
+
+/// The most random bytes that one call of [`Vault::random`] returns.
+pub const MAX_RANDOM: usize = 1024;
+
+/// Holds root keys and uses them. Every call ends within the vault's own deadline.
+#[async_trait]
+pub trait Vault: Send + Sync + Debug {
+    /// Makes the AES-256 key of a CRK version, and the HMAC key beside it.
+    ///
+    /// Both exist afterwards with the attributes that were asked for, or neither does.
+    ///
+    /// # Errors
+    /// `Exists` when the vault holds anything under this name; `Policy` when the keys that were
+    /// made are weaker than asked for (they are destroyed).
+    async fn create_version(&self, id: Uuid) -> Result<(), VaultError>;
+
+    /// Like [`Vault::create_version`], with an AES key of 16, 24 or 32 bytes brought by the user.
+    ///
+    /// # Errors
+    /// As `create_version`, and `BadInput` for any other length.
+    async fn import_version(&self, id: Uuid, material: SecretBytes) -> Result<(), VaultError>;
+
+    /// Destroys every key of this version, whole or not. What it wrapped is lost for good.
+    ///
+    /// # Errors
+    /// `NotFound` when the vault holds nothing under this name.
+    async fn destroy_version(&self, id: Uuid) -> Result<(), VaultError>;
+
+    /// Encrypts `dek`, and binds the result to `context` (see `kms_core::wdek::mac_context`).
+    ///
+    /// # Errors
+    /// `NotFound`; `BadInput` for an empty or overlong input.
+    async fn wrap(&self, id: Uuid, context: &[u8], dek: SecretBytes)
+    -> Result<Wrapped, VaultError>;
+
+    /// Checks the code over context, IV and ciphertext, and only then decrypts.
+    ///
+    /// # Errors
+    /// `NotFound`; `NotAuthentic` for whatever this version did not wrap under this context.
+    async fn unwrap(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        wrapped: Wrapped,
+    ) -> Result<SecretBytes, VaultError>;
+
+    /// Bytes from the vault's own random source, at most [`MAX_RANDOM`].
+    ///
+    /// # Errors
+    /// `BadInput` when more are asked for.
+    async fn random(&self, len: usize) -> Result<SecretBytes, VaultError>;
+
+    /// The public half of the RSA key pair `id`, which is made on first use.
+    ///
+    /// # Errors
+    /// `Policy` when the token makes a weaker key than asked for.
+    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError>;
+
+    /// RSASSA-PKCS1-v1_5 with SHA-256 over `data`.
+    ///
+    /// # Errors
+    /// `NotFound` when there is no such key pair: signing never makes one.
+    async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError>;
+
+    /// The CRK versions that are whole, sorted.
+    ///
+    /// # Errors
+    /// Only those of a vault that cannot answer.
+    async fn versions(&self) -> Result<Vec<Uuid>, VaultError>;
+
+    /// The CRK versions of which a part is missing, sorted: what a crash in the middle of a
+    /// creation leaves. They cannot be used; `destroy_version` removes them.
+    ///
+    /// # Errors
+    /// Only those of a vault that cannot answer.
+    async fn incomplete(&self) -> Result<Vec<Uuid>, VaultError>;
+
+    /// Proves with a throw-away key that the vault computes, now.
+    ///
+    /// # Errors
+    /// What a wrap would meet.
+    async fn probe(&self) -> Result<(), VaultError>;
+}
+
+/// A wrapped DEK: AES-CBC-PAD, and HMAC-SHA-512 over `kms_core::wdek::mac_input`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wrapped {
+    /// 16 bytes.
+    pub iv: Vec<u8>,
+    /// A multiple of 16 bytes.
+    pub ciphertext: Vec<u8>,
+    /// 64 bytes.
+    pub hash: Vec<u8>,
+}
+
+/// The public half of an RSA key pair, both numbers big-endian without leading zeros.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RsaPublic {
+    /// The modulus.
+    pub n: Vec<u8>,
+    /// The public exponent.
+    pub e: Vec<u8>,
+}
+
+/// Why the vault did not do it, grouped by who must act.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum VaultError {
+    /// The caller: no such key in the vault.
+    #[error("the vault holds no such key")]
+    NotFound,
+    /// The caller: not wrapped by this key under this context, or changed since.
+    #[error("not authentic")]
+    NotAuthentic,
+    /// The caller: this input cannot be processed, however often it is tried.
+    #[error("bad input: {0}")]
+    BadInput(String),
+    /// The caller: the name is taken.
+    #[error("the vault already holds a key of this name")]
+    Exists,
+    /// The operator: the HSM has no room for more keys or sessions.
+    #[error("the HSM is full: {0}")]
+    Capacity(String),
+    /// The operator: the PIN is wrong, locked or expired. It was tried once and is not tried again.
+    #[error("the HSM refuses the PIN: {0}")]
+    Credential(String),
+    /// The operator: the HSM does or holds something that must not be accepted.
+    #[error("the HSM does not do what was asked: {0}")]
+    Policy(String),
+    /// Nobody yet: the HSM is away; the vault keeps trying to reach it.
+    #[error("the HSM is not available: {cause}")]
+    Unavailable {
+        /// What was seen last.
+        cause: String,
+    },
+    /// Nobody yet: no answer within the deadline.
+    #[error("the HSM did not answer in time")]
+    TimedOut,
+    /// Nobody yet: more is asked of the HSM than it can do; come back later.
+    #[error("too many requests wait for the HSM")]
+    Busy,
+}

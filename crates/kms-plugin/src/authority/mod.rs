@@ -1,0 +1,115 @@
+//! Lets clients in whose `:authority` is the socket's path.
+//!
+//! kube-apiserver sends `%2Fvar%2Frun%2Fkms.sock` for KMS v1, and before 1.32 the path (raw in 1.28) for both
+//! versions. The HTTP/2 stack below tonic refuses both with PROTOCOL_ERROR before any handler runs. So
+//! [`Adapter`] stands between the accepted socket and the stack, and replaces only such a value: `frames` follows the
+//! frames, `hpack` the header blocks. What is in a DATA frame is never looked at, what goes to the client never touched.
+
+mod frames;
+mod hpack;
+
+use std::io::{IoSlice, Result};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::server::Connected;
+
+pub use frames::{Follower, MAX_BLOCK};
+
+/// Above this the outgoing buffer is given back once it is drained.
+const KEEP: usize = 16 * 1024;
+
+/// A client's connection as the HTTP/2 stack shall see it.
+#[derive(Debug)]
+pub struct Adapter<S> {
+    inner: S,
+    follower: Follower,
+    ready: Vec<u8>,
+    drained: usize,
+}
+
+impl<S> Adapter<S> {
+    /// `inner` must not have been read from.
+    pub fn new(inner: S) -> Adapter<S> {
+        Adapter { inner, follower: Follower::new(), ready: Vec::new(), drained: 0 }
+    }
+
+    fn drain(&mut self, buf: &mut ReadBuf<'_>) {
+        let rest = &self.ready[self.drained..];
+        let (now, later) = rest.split_at(rest.len().min(buf.remaining()));
+        buf.put_slice(now);
+        self.drained += now.len();
+        if later.is_empty() {
+            self.ready.clear();
+            self.ready.shrink_to(KEEP);
+            self.drained = 0;
+        }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Adapter<S> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<Result<()>> {
+        let this = self.get_mut();
+        // Without room to read into, nothing read would look like the end of the connection.
+        while this.ready.is_empty() && buf.remaining() > 0 {
+            let before = buf.filled().len();
+            ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
+            if this.follower.is_lost() {
+                return Poll::Ready(Ok(()));
+            }
+            match &buf.filled()[before..] {
+                [] => {
+                    this.follower.finish(&mut this.ready);
+                    break;
+                }
+                came => this.follower.feed(came, &mut this.ready),
+            }
+            buf.set_filled(before);
+        }
+        this.drain(buf);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Adapter<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+}
+
+impl<S: Connected> Connected for Adapter<S> {
+    type ConnectInfo = S::ConnectInfo;
+
+    fn connect_info(&self) -> S::ConnectInfo {
+        self.inner.connect_info()
+    }
+}

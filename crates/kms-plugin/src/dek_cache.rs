@@ -1,0 +1,216 @@
+//! The plain DEKs that open values, found by the SHA-256 of their WDEK: bounded in number and in age,
+//! wiped when they go.
+//!
+//! Nothing here asks the key service; a DEK comes in only after it did answer.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use aws_lc_rs::digest::{SHA256, digest};
+use kms_core::secret::Dek;
+
+/// Which CRK a DEK belongs to, whatever URL or API key it is reached with.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct CrkName {
+    pub instance: Arc<str>,
+    pub crk: Arc<str>,
+}
+
+/// A WDEK and the CRK that it is to be unwrapped with.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct DekId {
+    pub crk: CrkName,
+    wdek_sha256: [u8; 32],
+}
+
+#[derive(Debug)]
+pub struct DekCache {
+    slots: Mutex<HashMap<DekId, Slot>>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    dek: Dek,
+    wdek: Arc<[u8]>,
+    /// When the key service last gave it out.
+    confirmed: Duration,
+    last_used: Duration,
+}
+
+impl DekId {
+    pub fn new(crk: &CrkName, wdek: &[u8]) -> DekId {
+        let mut wdek_sha256 = [0; 32];
+        wdek_sha256.copy_from_slice(digest(&SHA256, wdek).as_ref());
+        DekId { crk: crk.clone(), wdek_sha256 }
+    }
+}
+
+impl fmt::Debug for DekId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DekId({} {:02x?})", self.crk, &self.wdek_sha256[..4])
+    }
+}
+
+impl fmt::Display for CrkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.instance, self.crk)
+    }
+}
+
+impl DekCache {
+    pub fn new() -> DekCache {
+        DekCache { slots: Mutex::default() }
+    }
+
+    /// The DEK, if the key service gave it out less than `lifetime` ago.
+    pub fn find(&self, id: &DekId, now: Duration, lifetime: Duration) -> Option<Dek> {
+        let mut slots = self.slots();
+        let slot = slots.get_mut(id).filter(|slot| slot.lives(now, lifetime))?;
+        slot.last_used = now;
+        Some(slot.dek.clone())
+    }
+
+    /// Keeps a DEK that the key service has just given out. If there is no room, the one that was not used
+    /// for the longest time goes.
+    pub fn keep(&self, id: DekId, wdek: Arc<[u8]>, dek: Dek, now: Duration, capacity: usize) {
+        let mut slots = self.slots();
+        let last_used = slots.get(&id).map_or(now, |slot| slot.last_used);
+        slots.insert(id, Slot { dek, wdek, confirmed: now, last_used });
+        while slots.len() > capacity.max(1) {
+            let Some(oldest) =
+                slots.iter().min_by_key(|(_, slot)| slot.last_used).map(|(id, _)| id.clone())
+            else {
+                return;
+            };
+            slots.remove(&oldest);
+        }
+    }
+
+    /// Those that end soon and were used since they were confirmed: to be asked for again before a caller
+    /// has to wait for them.
+    pub fn due(&self, now: Duration, lifetime: Duration) -> Vec<(DekId, Arc<[u8]>)> {
+        let soon = refresh_age(lifetime);
+        self.slots()
+            .iter()
+            .filter(|(_, slot)| {
+                now.saturating_sub(slot.confirmed) >= soon && slot.last_used > slot.confirmed
+            })
+            .map(|(id, slot)| (id.clone(), slot.wdek.clone()))
+            .collect()
+    }
+
+    /// Wipes what is too old to be used.
+    pub fn expire(&self, now: Duration, lifetime: Duration) {
+        self.slots().retain(|_, slot| slot.lives(now, lifetime));
+    }
+
+    /// Wipes whatever does not belong to one of these CRKs.
+    pub fn keep_only(&self, wanted: impl Fn(&CrkName) -> bool) {
+        self.slots().retain(|id, _| wanted(&id.crk));
+    }
+
+    /// Wipes one.
+    pub fn forget(&self, id: &DekId) {
+        self.slots().remove(id);
+    }
+
+    pub fn len(&self) -> usize {
+        self.slots().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.slots().is_empty()
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<DekId, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Default for DekCache {
+    fn default() -> DekCache {
+        DekCache::new()
+    }
+}
+
+impl Slot {
+    fn lives(&self, now: Duration, lifetime: Duration) -> bool {
+        now.saturating_sub(self.confirmed) < lifetime
+    }
+}
+
+/// At this age a DEK is asked for again in the background: a quarter of its life is left to succeed in.
+pub fn refresh_age(lifetime: Duration) -> Duration {
+    lifetime - lifetime / 4
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn crk(name: &str) -> CrkName {
+        CrkName { instance: "i".into(), crk: name.into() }
+    }
+
+    fn id(wdek: &[u8]) -> DekId {
+        DekId::new(&crk("a"), wdek)
+    }
+
+    fn keep(cache: &DekCache, wdek: &[u8], now: Duration, capacity: usize) {
+        cache.keep(id(wdek), wdek.into(), Dek::from_bytes([wdek[0]; 32]), now, capacity);
+    }
+
+    fn at(minutes: u64) -> Duration {
+        Duration::from_secs(minutes * 60)
+    }
+
+    #[test]
+    fn a_dek_lives_for_its_lifetime_and_no_longer() {
+        let cache = DekCache::new();
+        keep(&cache, b"1", at(0), 10);
+        assert_eq!(cache.find(&id(b"1"), at(59), HOUR).unwrap().as_bytes(), &[b'1'; 32]);
+        assert!(cache.find(&id(b"1"), at(60), HOUR).is_none(), "use does not prolong it");
+        cache.expire(at(59), HOUR);
+        assert_eq!(cache.len(), 1);
+        cache.expire(at(60), HOUR);
+        assert!(cache.is_empty());
+    }
+
+    #[test]
+    fn a_dek_is_found_only_under_its_own_crk() {
+        let cache = DekCache::new();
+        keep(&cache, b"1", at(0), 10);
+        assert!(cache.find(&DekId::new(&crk("b"), b"1"), at(0), HOUR).is_none());
+        cache.keep_only(|name| name == &crk("b"));
+        assert!(cache.is_empty());
+    }
+
+    #[test]
+    fn the_longest_unused_goes_first() {
+        let cache = DekCache::new();
+        keep(&cache, b"1", at(0), 2);
+        keep(&cache, b"2", at(1), 2);
+        cache.find(&id(b"1"), at(2), HOUR);
+        keep(&cache, b"3", at(3), 2);
+        let held = [b"1", b"2", b"3"].map(|wdek| cache.find(&id(wdek), at(4), HOUR).is_some());
+        assert_eq!(held, [true, false, true]);
+    }
+
+    #[test]
+    fn only_what_was_used_is_refreshed_and_before_it_ends() {
+        let cache = DekCache::new();
+        keep(&cache, b"1", at(0), 10);
+        keep(&cache, b"2", at(0), 10);
+        cache.find(&id(b"1"), at(10), HOUR);
+        assert!(cache.due(at(44), HOUR).is_empty());
+        let due: Vec<_> = cache.due(at(45), HOUR).into_iter().map(|(id, _)| id).collect();
+        assert_eq!(due, [id(b"1")]);
+        keep(&cache, b"1", at(45), 10);
+        assert!(cache.due(at(46), HOUR).is_empty(), "confirmed just now");
+        assert!(cache.find(&id(b"1"), at(100), HOUR).is_some(), "it lives on");
+    }
+}

@@ -1,0 +1,277 @@
+//! Every number that the plug-in publishes, in one table: `Metrics::register` below is the list that an
+//! operator reads. Names start with `kmsplugin_`.
+//!
+//! Never a label here: a payload, a DEK, a WDEK, a uid, or anything else that a caller chooses.
+
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::Registry;
+
+type Labels<const N: usize> = [(&'static str, &'static str); N];
+type Seconds = Gauge<f64, AtomicU64>;
+
+/// Cheap to clone: every clone writes into the same registry.
+#[derive(Debug, Clone)]
+pub struct Metrics {
+    requests: Family<Labels<3>, Counter>,
+    request_seconds: Family<Labels<2>, Histogram, fn() -> Histogram>,
+    provider_calls: Family<Labels<2>, Counter>,
+    provider_call_seconds: Family<Labels<1>, Histogram, fn() -> Histogram>,
+    opens: Family<Labels<1>, Counter>,
+    v1_unauthenticated: Counter,
+    dek_cache_entries: Gauge,
+    dek_age_seconds: Seconds,
+    dek_uses: Gauge,
+    probes: Family<Labels<1>, Counter>,
+    ready: Gauge,
+    key_ids: Family<[(&'static str, String); 1], Gauge>,
+    key_id_changes: Counter,
+    config_reloads: Family<Labels<1>, Counter>,
+}
+
+/// What is measured only when somebody looks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Snapshot {
+    pub dek_cache_entries: usize,
+    pub dek_age: Duration,
+    pub dek_uses: u64,
+}
+
+impl Metrics {
+    /// All metrics, registered; `region` becomes a label of every one of them.
+    pub fn register(registry: &mut Registry, region: &str) -> Metrics {
+        let metrics = Metrics::unregistered();
+        let registry = registry.sub_registry_with_prefix("kmsplugin");
+        let registry = match region {
+            "" => registry,
+            _ => registry.sub_registry_with_label(("region".into(), region.to_owned().into())),
+        };
+        metrics.add_requests(registry);
+        metrics.add_keys(registry);
+        metrics
+    }
+
+    /// For whoever does not publish: the same numbers, seen by nobody.
+    pub fn unregistered() -> Metrics {
+        Metrics {
+            requests: Family::default(),
+            request_seconds: Family::new_with_constructor(request_buckets),
+            provider_calls: Family::default(),
+            provider_call_seconds: Family::new_with_constructor(call_buckets),
+            opens: Family::default(),
+            v1_unauthenticated: Counter::default(),
+            dek_cache_entries: Gauge::default(),
+            dek_age_seconds: Seconds::default(),
+            dek_uses: Gauge::default(),
+            probes: Family::default(),
+            ready: Gauge::default(),
+            key_ids: Family::default(),
+            key_id_changes: Counter::default(),
+            config_reloads: Family::default(),
+        }
+    }
+
+    /// One gRPC request answered; `code` is the gRPC code's name, such as `OK`.
+    pub fn request(
+        &self,
+        api: &'static str,
+        method: &'static str,
+        code: &'static str,
+        took: Duration,
+    ) {
+        self.requests
+            .get_or_create(&[("api", api), ("method", method), ("code", code)])
+            .inc();
+        self.request_seconds
+            .get_or_create(&[("api", api), ("method", method)])
+            .observe(took.as_secs_f64());
+    }
+
+    /// One call to the key service; `outcome` as in the help text below.
+    pub fn provider_call(&self, operation: &'static str, outcome: &'static str, took: Duration) {
+        self.provider_calls
+            .get_or_create(&[("operation", operation), ("outcome", outcome)])
+            .inc();
+        self.provider_call_seconds
+            .get_or_create(&[("operation", operation)])
+            .observe(took.as_secs_f64());
+    }
+
+    /// A DEK was looked for in order to open a value.
+    pub fn open(&self, found: &'static str) {
+        self.opens.get_or_create(&[("dek", found)]).inc();
+    }
+
+    pub fn v1_unauthenticated(&self) {
+        self.v1_unauthenticated.inc();
+    }
+
+    /// The background probe ended; it alone decides readiness.
+    pub fn probe(&self, ok: bool) {
+        self.probes.get_or_create(&[("outcome", if ok { "ok" } else { "failed" })]).inc();
+        self.ready.set(i64::from(ok));
+    }
+
+    /// From now on Status reports the key_id with this hash.
+    pub fn key_id(&self, hash: String) {
+        self.key_ids.clear();
+        self.key_ids.get_or_create(&[("key_id_hash", hash)]).set(1);
+        self.key_id_changes.inc();
+    }
+
+    pub fn config_reload(&self, ok: bool) {
+        let outcome = if ok { "accepted" } else { "refused" };
+        self.config_reloads.get_or_create(&[("outcome", outcome)]).inc();
+    }
+
+    /// Sets what is only known at the moment of a scrape.
+    pub fn observe(&self, now: Snapshot) {
+        self.dek_cache_entries.set(i64::try_from(now.dek_cache_entries).unwrap_or(i64::MAX));
+        self.dek_age_seconds.set(now.dek_age.as_secs_f64());
+        self.dek_uses.set(i64::try_from(now.dek_uses).unwrap_or(i64::MAX));
+    }
+
+    fn add_requests(&self, registry: &mut Registry) {
+        registry.register(
+            "requests",
+            "gRPC requests answered, by api (v1beta1, v2), method and gRPC code",
+            self.requests.clone(),
+        );
+        registry.register(
+            "request_seconds",
+            "Time from a request's arrival to its answer",
+            self.request_seconds.clone(),
+        );
+        registry.register(
+            "provider_calls",
+            "Calls to the key service by operation (wrap, unwrap) and outcome: ok, refused (it said no), \
+             not_authentic (it does not know the WDEK), unreachable, timed_out, overloaded, \
+             failed_fast (not asked, because it was down a moment ago)",
+            self.provider_calls.clone(),
+        );
+        registry.register(
+            "provider_call_seconds",
+            "Duration of a call to the key service, its retries included",
+            self.provider_call_seconds.clone(),
+        );
+        registry.register(
+            "probes",
+            "Background probes (one wrap and one unwrap) by outcome: ok, failed",
+            self.probes.clone(),
+        );
+        registry.register(
+            "ready",
+            "1 if the last background probe succeeded, so that a DEK can be wrapped and unwrapped now",
+            self.ready.clone(),
+        );
+        registry.register(
+            "config_reloads",
+            "Changes of the configuration file by outcome: accepted, refused (the old one keeps running)",
+            self.config_reloads.clone(),
+        );
+    }
+
+    fn add_keys(&self, registry: &mut Registry) {
+        registry.register(
+            "dek_lookups",
+            "DEKs looked for to open a value: hit (in the cache), miss (unwrapped), shared (waited for \
+             another caller's unwrap), uncached (CACHE_TIMEOUT_IN_HOURS is 0)",
+            self.opens.clone(),
+        );
+        registry.register(
+            "v1_unauthenticated_opens",
+            "KMS v1 values opened that carry no authentication code (V1_ACCEPT_UNAUTHENTICATED); \
+             re-encrypt until this stands still",
+            self.v1_unauthenticated.clone(),
+        );
+        registry.register(
+            "dek_cache_entries",
+            "DEKs held in memory for opening",
+            self.dek_cache_entries.clone(),
+        );
+        registry.register(
+            "dek_age_seconds",
+            "Time since the key service last confirmed the DEK that seals (0: none is held)",
+            self.dek_age_seconds.clone(),
+        );
+        registry.register(
+            "dek_uses",
+            "How often the DEK that seals was used",
+            self.dek_uses.clone(),
+        );
+        registry.register(
+            "key_id_info",
+            "1 for the key_id that Status reports; key_id_hash is computed as in kube-apiserver's own metrics",
+            self.key_ids.clone(),
+        );
+        registry.register(
+            "key_id_changes",
+            "How often the reported key_id was set, the first time included",
+            self.key_id_changes.clone(),
+        );
+    }
+}
+
+/// 50 µs to 1.6 s: from a sealed value out of memory to a call that waited for the service.
+fn request_buckets() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_05, 2.0, 16))
+}
+
+/// 1 ms to 4 s: one TLS round trip to the longest wait that a caller allows.
+fn call_buckets() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 13))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prometheus_client::encoding::text::encode;
+
+    fn text(registry: &Registry) -> String {
+        let mut text = String::new();
+        encode(&mut text, registry).unwrap();
+        text
+    }
+
+    #[test]
+    fn every_metric_is_published_with_its_help_and_region() {
+        let mut registry = Registry::default();
+        let metrics = Metrics::register(&mut registry, "eu");
+        metrics.request("v2", "Encrypt", "OK", Duration::from_millis(1));
+        metrics.provider_call("wrap", "ok", Duration::from_millis(1));
+        metrics.open("hit");
+        metrics.v1_unauthenticated();
+        metrics.probe(true);
+        metrics.config_reload(false);
+        metrics.observe(Snapshot { dek_cache_entries: 3, dek_uses: 4, ..Snapshot::default() });
+        let text = text(&registry);
+        for line in [
+            r#"kmsplugin_requests_total{region="eu",api="v2",method="Encrypt",code="OK"} 1"#,
+            r#"kmsplugin_provider_calls_total{region="eu",operation="wrap",outcome="ok"} 1"#,
+            r#"kmsplugin_dek_lookups_total{region="eu",dek="hit"} 1"#,
+            r#"kmsplugin_v1_unauthenticated_opens_total{region="eu"} 1"#,
+            r#"kmsplugin_ready{region="eu"} 1"#,
+            r#"kmsplugin_config_reloads_total{region="eu",outcome="refused"} 1"#,
+            r#"kmsplugin_dek_cache_entries{region="eu"} 3"#,
+            r#"kmsplugin_dek_uses{region="eu"} 4"#,
+        ] {
+            assert!(text.contains(line), "{line} is not in\n{text}");
+        }
+    }
+
+    #[test]
+    fn only_the_current_key_id_is_shown() {
+        let mut registry = Registry::default();
+        let metrics = Metrics::register(&mut registry, "");
+        metrics.key_id("sha256:old".into());
+        metrics.key_id("sha256:new".into());
+        let text = text(&registry);
+        assert!(text.contains(r#"kmsplugin_key_id_info{key_id_hash="sha256:new"} 1"#), "{text}");
+        assert!(!text.contains("sha256:old"), "{text}");
+    }
+}

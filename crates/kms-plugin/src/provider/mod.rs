@@ -1,0 +1,99 @@
+//! The key service as the sealer sees it: it makes DEKs and unwraps WDEKs. What stands behind it (a REST
+//! service, a token in this node) and how it is asked is below this trait.
+//!
+//! A WDEK is opaque here; nobody in this crate looks inside one.
+
+pub mod guard;
+pub mod keyprotect;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use kms_core::secret::Dek;
+
+use crate::sealer::{Call, Refusal, SealerError};
+
+/// One CRK of a key service.
+#[async_trait]
+pub trait KeyService: Send + Sync + Debug {
+    /// A new DEK, made by the service and wrapped by the CRK version that is active now.
+    async fn wrap_new(&self, call: &Call) -> Result<NewDek, Error>;
+
+    /// The DEK inside `wdek`, whichever version of the CRK wrapped it.
+    async fn unwrap(&self, wdek: &[u8], call: &Call) -> Result<Unwrapped, Error>;
+}
+
+#[derive(Debug, Clone)]
+pub struct NewDek {
+    pub dek: Dek,
+    pub wdek: Arc<[u8]>,
+    /// The CRK version that wrapped it.
+    pub version: String,
+}
+
+#[derive(Debug, Clone)]
+pub struct Unwrapped {
+    pub dek: Dek,
+    /// The CRK version that is active now, if the service says that it is not the one of this WDEK.
+    pub active_version: Option<String>,
+}
+
+/// Why the key service gave no DEK, by what follows for the DEKs that are held.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// It said no. Unless only the request was wrong, DEKs of this CRK are dropped at once.
+    #[error("{text}")]
+    Refused { refusal: Refusal, text: String },
+    /// The WDEK is not one of this CRK.
+    #[error("the key service does not know this wrapped DEK")]
+    NotAuthentic,
+    /// No connection: the only failure that is tried again within a call.
+    #[error("{text}")]
+    Unreachable { text: String },
+    #[error("the key service did not answer in time")]
+    TimedOut,
+    /// It answered, and the answer is of no use: a 5xx, a proxy's page.
+    #[error("{text}")]
+    Unusable { text: String },
+    #[error("{text}")]
+    Overloaded { text: String },
+}
+
+impl Error {
+    /// Held DEKs must go: access to the CRK was withdrawn.
+    pub fn is_withdrawal(&self) -> bool {
+        matches!(self, Error::Refused { refusal, .. } if *refusal != Refusal::Request)
+    }
+
+    /// Nothing was said about the CRK: held DEKs live until they expire.
+    pub fn is_outage(&self) -> bool {
+        !matches!(self, Error::Refused { .. } | Error::NotAuthentic)
+    }
+
+    /// The label of this failure in the metrics.
+    pub fn outcome(&self) -> &'static str {
+        match self {
+            Error::Refused { .. } => "refused",
+            Error::NotAuthentic => "not_authentic",
+            Error::Unreachable { .. } => "unreachable",
+            Error::TimedOut => "timed_out",
+            Error::Unusable { .. } => "unusable",
+            Error::Overloaded { .. } => "overloaded",
+        }
+    }
+}
+
+impl From<Error> for SealerError {
+    fn from(error: Error) -> SealerError {
+        match error {
+            Error::Refused { refusal, text } => SealerError::Refused { refusal, text },
+            Error::NotAuthentic => SealerError::NotAuthentic,
+            Error::Unreachable { text } | Error::Unusable { text } => {
+                SealerError::Unavailable { text }
+            }
+            Error::TimedOut => SealerError::TimedOut,
+            Error::Overloaded { .. } => SealerError::Overloaded,
+        }
+    }
+}

@@ -1,0 +1,410 @@
+//! The use case: encrypt, decrypt, status. What kube-apiserver hands over is sealed with the current
+//! DEK and opened with the DEK that the value names; the key service is asked only on a miss.
+//!
+//! Never here: gRPC, HTTP, sockets, reading a clock or a random source that was not passed in.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use kms_core::cipher::{FormatError, OpenError, SealError, v1, v2};
+use kms_core::key_id::KeyId;
+use kms_core::secret::{Dek, SecretBytes};
+use kms_daemon::telemetry::{Shown, VALUES};
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::dek_cache::{CrkName, DekCache, DekId};
+use crate::flight::{Flights, Seat};
+use crate::keys::{Adopted, Asked, Crk, Keys, Next, NotAdopted, Policy, Ring, Sealing, Wrapped};
+use crate::metrics::Snapshot;
+use crate::provider::guard::{Tools, budget};
+use crate::provider::{self, NewDek};
+
+/// What comes with each request: who to name in the log, and how long an answer may take.
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub uid: String,
+    pub deadline: Duration,
+}
+
+/// A sealed payload of KMS v2 and the key_id that goes with it.
+#[derive(Debug)]
+pub struct Sealed {
+    pub ciphertext: Vec<u8>,
+    pub key_id: KeyId,
+}
+
+/// The key under which the next Encrypt will answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    pub key_id: KeyId,
+}
+
+/// Why a request was not answered, by who must act.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SealerError {
+    /// The caller sent bytes that this plug-in never made.
+    #[error("the value is not one of this plug-in: {0}")]
+    Malformed(String),
+    #[error("{what} has {bytes} bytes, the limit is {limit}")]
+    TooLarge { what: &'static str, bytes: usize, limit: usize },
+    /// One text for every failure of authentication, whatever it was.
+    #[error("the value does not authenticate")]
+    NotAuthentic,
+    /// Nobody was asked: what the value names (key_id or KpVersion) is not configured here.
+    #[error("{0} names no CRK of this plug-in's configuration")]
+    UnknownKey(String),
+    /// The operator must act: the service answered, and said no. Its own text comes first.
+    #[error("{text}")]
+    Refused { refusal: Refusal, text: String },
+    /// Nobody has to act if it passes: the service is away or overloaded.
+    #[error("{text}")]
+    Unavailable { text: String },
+    #[error("the key service did not answer in time")]
+    TimedOut,
+    #[error("too many requests are waiting for the key service")]
+    Overloaded,
+}
+
+/// What the service refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// API key, token, role or instance header.
+    Access,
+    /// There is no such CRK.
+    NoSuchKey,
+    /// The CRK is disabled, suspended or deleted.
+    KeyState,
+    /// The request itself, such as an instance header that is no UUID: nothing was withdrawn.
+    Request,
+}
+
+/// Answers the five calls of kube-apiserver. Cheap to share behind an `Arc`.
+#[derive(Debug)]
+pub struct Sealer {
+    keys: Mutex<Keys>,
+    deks: DekCache,
+    unwraps: Flights<DekId, Result<Dek, SealerError>>,
+    renewals: Flights<(), Result<(), SealerError>>,
+    probe_wanted: Notify,
+    tools: Tools,
+}
+
+/// A key service may answer with an older version while its replicas catch up; so often it is asked again.
+const ATTEMPTS_AT_A_NEW_DEK: usize = 3;
+
+impl Sealer {
+    pub fn new(ring: Ring, policy: Policy, tools: Tools) -> Sealer {
+        Sealer {
+            keys: Mutex::new(Keys::new(ring, policy)),
+            deks: DekCache::new(),
+            unwraps: Flights::new(),
+            renewals: Flights::new(),
+            probe_wanted: Notify::new(),
+            tools,
+        }
+    }
+
+    /// # Errors
+    /// See [`SealerError`]; true of every method here.
+    pub async fn encrypt_v1(
+        &self,
+        payload: SecretBytes,
+        call: Call,
+    ) -> Result<Vec<u8>, SealerError> {
+        let len_bytes = self.keys().policy().len_bytes;
+        let sealing = self.in_time(&call, self.sealing(&call)).await?;
+        let cipher = v1::seal(&v1::Seal {
+            dek: &sealing.dek,
+            kp_version: sealing.kp_version,
+            wdek: &sealing.wdek,
+            len_bytes,
+            iv: self.tools.random.bytes()?,
+            payload: payload.as_slice(),
+        })?;
+        self.log_sealed(&sealing, &call);
+        Ok(cipher)
+    }
+
+    pub async fn decrypt_v1(&self, cipher: &[u8], call: Call) -> Result<SecretBytes, SealerError> {
+        let envelope = v1::Envelope::decode(cipher)?;
+        let kp_version = envelope.kp_version();
+        tracing::info!(target: VALUES, uid = call.uid, kp_version, wdek = %Shown(envelope.wdek()), "opening v1");
+        let crk = self
+            .keys()
+            .versioned(kp_version)
+            .ok_or_else(|| SealerError::UnknownKey(format!("KpVersion {kp_version}")))?;
+        let dek = self.in_time(&call, self.dek_in(&crk, envelope.wdek(), &call)).await?;
+        let policy = self.keys().policy();
+        let opened = envelope.open(&dek, policy.len_bytes, policy.accept_unauthenticated)?;
+        if !opened.authenticated {
+            self.tools.metrics.v1_unauthenticated();
+            tracing::warn!(uid = call.uid, "Opened a KMS v1 value without an authentication code.");
+        }
+        Ok(opened.payload)
+    }
+
+    pub async fn encrypt_v2(
+        &self,
+        payload: SecretBytes,
+        call: Call,
+    ) -> Result<Sealed, SealerError> {
+        let sealing = self.in_time(&call, self.sealing(&call)).await?;
+        let ciphertext = v2::seal(
+            &sealing.dek,
+            &sealing.key_id,
+            sealing.kp_version,
+            &sealing.wdek,
+            self.tools.random.bytes()?,
+            payload.as_slice(),
+        )?;
+        self.log_sealed(&sealing, &call);
+        Ok(Sealed { ciphertext, key_id: sealing.key_id })
+    }
+
+    /// The key_id decides which CRK is asked; one that is not configured is refused without asking anybody.
+    pub async fn decrypt_v2(
+        &self,
+        ciphertext: &[u8],
+        key_id: &str,
+        call: Call,
+    ) -> Result<SecretBytes, SealerError> {
+        let unknown = || SealerError::UnknownKey(format!("key_id {key_id:?}"));
+        let key_id = KeyId::parse(key_id).map_err(|_| unknown())?;
+        let crk = self.keys().named(&CrkName::of(&key_id)).ok_or_else(unknown)?;
+        let envelope = v2::Envelope::decode(ciphertext)?;
+        tracing::info!(target: VALUES, uid = call.uid, %key_id, wdek = %Shown(envelope.wdek()), "opening v2");
+        let dek = self.in_time(&call, self.dek_in(&crk, envelope.wdek(), &call)).await?;
+        Ok(envelope.open(&dek, &key_id)?)
+    }
+
+    /// From memory only: never waits, never asks the service.
+    pub fn status(&self) -> Result<Status, SealerError> {
+        self.keys().status(self.now())
+    }
+
+    /// What the last background probe found.
+    pub fn ready(&self) -> Result<(), SealerError> {
+        self.keys().ready()
+    }
+
+    /// Takes over a changed configuration; see [`Keys::install`].
+    pub fn install(&self, ring: Ring, policy: Policy) {
+        let mut keys = self.keys();
+        keys.install(ring, policy);
+        self.deks.keep_only(|name| keys.named(name).is_some());
+        self.deks.expire(self.now(), policy.lifetime);
+        self.probe_wanted.notify_one();
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        let (dek_age, dek_uses) = self.keys().age_and_uses(self.now());
+        Snapshot { dek_cache_entries: self.deks.len(), dek_age, dek_uses }
+    }
+
+    /// The DEK to seal with, and what belongs to it.
+    async fn sealing(&self, call: &Call) -> Result<Sealing, SealerError> {
+        loop {
+            let next = self.keys().next(self.now());
+            match next {
+                Next::FromMemory(sealing) => return Ok(sealing),
+                Next::New => return self.new_dek(call).await,
+                Next::Unwrap(wrapped) => return self.unwrap_to_seal(wrapped, call).await,
+                Next::Renew => {
+                    let renew = || async { self.new_dek(call).await.map(drop) };
+                    let (renewed, _) = self.renewals.join((), renew).await;
+                    renewed?;
+                }
+            }
+        }
+    }
+
+    /// A DEK that the key service makes now; it becomes the one that seals, if that is due.
+    async fn new_dek(&self, call: &Call) -> Result<Sealing, SealerError> {
+        for _ in 0..ATTEMPTS_AT_A_NEW_DEK {
+            let asked = self.keys().to_seal();
+            let new = self.learn(&asked.crk, asked.crk.service.wrap_new(call).await)?;
+            match self.adopt(&asked, &new) {
+                Err(NotAdopted::Stale) => continue,
+                result => return result.map_err(SealerError::from),
+            }
+        }
+        Err(NotAdopted::Stale.into())
+    }
+
+    /// CACHE_TIMEOUT_IN_HOURS is 0: the same WDEK seals, but its DEK is asked for each time.
+    async fn unwrap_to_seal(&self, wrapped: Wrapped, call: &Call) -> Result<Sealing, SealerError> {
+        let Wrapped { crk, wdek, key_id } = wrapped;
+        let dek = self.unwrap(&crk, &wdek, call).await?;
+        Ok(Sealing { dek, wdek, key_id, kp_version: crk.kp_version })
+    }
+
+    /// The DEK of a value that is to be opened: from memory, or unwrapped once for all who want it.
+    async fn dek_in(&self, crk: &Crk, wdek: &[u8], call: &Call) -> Result<Dek, SealerError> {
+        let lifetime = self.keys().policy().lifetime;
+        if lifetime.is_zero() {
+            self.tools.metrics.open("uncached");
+            return self.unwrap(crk, wdek, call).await;
+        }
+        let id = DekId::new(&crk.name, wdek);
+        if let Some(dek) = self.deks.find(&id, self.now(), lifetime) {
+            self.tools.metrics.open("hit");
+            return Ok(dek);
+        }
+        let unwrap = || async {
+            // Another caller may have landed between the look above and this one's turn.
+            match self.deks.find(&id, self.now(), lifetime) {
+                Some(dek) => Ok(dek),
+                None => self.unwrap_to_keep(crk, wdek, call).await,
+            }
+        };
+        let (dek, seat) = self.unwraps.join(id.clone(), unwrap).await;
+        self.tools.metrics.open(if seat == Seat::Pilot { "miss" } else { "shared" });
+        dek
+    }
+
+    async fn unwrap_to_keep(
+        &self,
+        crk: &Crk,
+        wdek: &[u8],
+        call: &Call,
+    ) -> Result<Dek, SealerError> {
+        let dek = self.unwrap(crk, wdek, call).await?;
+        self.keep(crk, wdek.into(), &dek);
+        Ok(dek)
+    }
+
+    async fn unwrap(&self, crk: &Crk, wdek: &[u8], call: &Call) -> Result<Dek, SealerError> {
+        let unwrapped = self.learn(crk, crk.service.unwrap(wdek, call).await)?;
+        let version = unwrapped.active_version.as_deref();
+        if version.is_some_and(|version| self.keys().is_news(&crk.name, version)) {
+            self.probe_wanted.notify_one();
+        }
+        Ok(unwrapped.dek)
+    }
+
+    async fn in_time<T>(
+        &self,
+        call: &Call,
+        work: impl Future<Output = Result<T, SealerError>>,
+    ) -> Result<T, SealerError> {
+        // Longer than the key service's own budget, so that its cause comes back and not this.
+        let margin = (call.deadline - budget(call.deadline)) / 2;
+        let limit = call.deadline - margin;
+        timeout(limit, work).await.unwrap_or(Err(SealerError::TimedOut))
+    }
+
+    fn log_sealed(&self, sealing: &Sealing, call: &Call) {
+        let Sealing { key_id, kp_version, wdek, .. } = sealing;
+        tracing::info!(target: VALUES, uid = call.uid, %key_id, kp_version, wdek = %Shown(wdek), "sealed");
+    }
+}
+
+/// What the background probe works with.
+impl Sealer {
+    pub(crate) fn keys(&self) -> MutexGuard<'_, Keys> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn tools(&self) -> &Tools {
+        &self.tools
+    }
+
+    pub(crate) fn deks(&self) -> &DekCache {
+        &self.deks
+    }
+
+    pub(crate) fn now(&self) -> Duration {
+        self.tools.clock.now()
+    }
+
+    /// Returns when somebody has reason to believe that the last probe's result is out of date.
+    pub(crate) async fn probe_wanted(&self) {
+        self.probe_wanted.notified().await;
+    }
+
+    pub(crate) fn adopt(&self, asked: &Asked, new: &NewDek) -> Result<Sealing, NotAdopted> {
+        let Adopted { sealing, changed } = self.keys().adopt(asked, new, self.now())?;
+        self.keep(&asked.crk, new.wdek.clone(), &new.dek);
+        if changed {
+            let key_id = &sealing.key_id;
+            self.tools.metrics.key_id(key_id.hash());
+            tracing::info!(%key_id, "New values are sealed under this key version from now on.");
+        }
+        Ok(sealing)
+    }
+
+    pub(crate) fn keep(&self, crk: &Crk, wdek: Arc<[u8]>, dek: &Dek) {
+        let policy = self.keys().policy();
+        if !policy.lifetime.is_zero() {
+            let id = DekId::new(&crk.name, &wdek);
+            self.deks.keep(id, wdek, dek.clone(), self.now(), policy.capacity);
+        }
+    }
+
+    /// What an answer of the key service means for the DEKs that are held.
+    pub(crate) fn learn<T>(
+        &self,
+        crk: &Crk,
+        answer: Result<T, provider::Error>,
+    ) -> Result<T, SealerError> {
+        let withdrawn = answer.as_ref().is_err_and(provider::Error::is_withdrawal);
+        let answer = answer.map_err(SealerError::from);
+        let mut keys = self.keys();
+        if let (true, Err(cause)) = (withdrawn, &answer) {
+            keys.withdraw(&crk.name, cause);
+            self.deks.keep_only(|name| *name != crk.name);
+            tracing::warn!(crk = %crk.name, "Access to the CRK was refused, its DEKs are dropped: {cause}");
+        }
+        // The probe decides what is reported as ready; here is reason to ask it again.
+        let contradicts = keys.ready().is_ok() != answer.is_ok();
+        if contradicts && keys.wants(&crk.name) && !matches!(answer, Err(SealerError::NotAuthentic)) {
+            self.probe_wanted.notify_one();
+        }
+        answer
+    }
+}
+
+impl CrkName {
+    fn of(key_id: &KeyId) -> CrkName {
+        CrkName { instance: key_id.instance().into(), crk: key_id.crk().into() }
+    }
+}
+
+impl From<NotAdopted> for SealerError {
+    fn from(error: NotAdopted) -> SealerError {
+        let text = match error {
+            NotAdopted::Stale => "the key service answers with a key version that was replaced".into(),
+            NotAdopted::KeyId(error) => error.to_string(),
+        };
+        SealerError::Unavailable { text }
+    }
+}
+
+impl From<FormatError> for SealerError {
+    fn from(error: FormatError) -> SealerError {
+        SealerError::Malformed(error.to_string())
+    }
+}
+
+impl From<OpenError> for SealerError {
+    fn from(_: OpenError) -> SealerError {
+        SealerError::NotAuthentic
+    }
+}
+
+impl From<SealError> for SealerError {
+    fn from(error: SealError) -> SealerError {
+        match error {
+            SealError::PayloadTooLong { len, max } => {
+                SealerError::TooLarge { what: "the payload", bytes: len, limit: max }
+            }
+            SealError::CiphertextTooLong { len, max } => {
+                SealerError::TooLarge { what: "the sealed value", bytes: len, limit: max }
+            }
+            SealError::LenBytes(_) | SealError::NoWdek | SealError::Library => {
+                SealerError::Unavailable { text: error.to_string() }
+            }
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Who asks, where and in what form: the headers of a request.
+
+use super::problem::Problem;
+use crate::app::App;
+use crate::ops::Error;
+use crate::policy::Caller;
+use http::HeaderMap;
+use http::header::AUTHORIZATION;
+use uuid::Uuid;
+
+/// The on-premises product calls it `icp-instance`, the cloud service `Bluemix-Instance`.
+const INSTANCE_HEADERS: [&str; 2] = ["icp-instance", "bluemix-instance"];
+const MAX_CORRELATION: usize = 128;
+
+/// Checks the token, and asks the store whether its API key still exists: a revoked one ends with the next call.
+pub(super) async fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, Problem> {
+    let token = bearer(headers).ok_or(Problem::NoToken)?;
+    let bearer = app.issuer.verify(token).map_err(|_| Problem::BadToken)?;
+    let known = app.store.caller(bearer.service_id, bearer.api_key).await.map_err(Error::from)?;
+    known.ok_or(Problem::BadToken)
+}
+
+/// The instance that the request is about.
+pub(super) fn instance(headers: &HeaderMap) -> Result<Uuid, Problem> {
+    let mut named = INSTANCE_HEADERS.iter().flat_map(|name| headers.get_all(*name));
+    let first = named.next().and_then(|value| uuid(value.to_str().ok()?)).ok_or(Error::NoInstance)?;
+    for other in named {
+        // Two different ones: whoever checked the one must not be overruled by the other.
+        if other.to_str().ok().and_then(uuid) != Some(first) {
+            return Err(Error::NoInstance.into());
+        }
+    }
+    Ok(first)
+}
+
+/// Key rings are not built; all keys are in the one that always exists.
+pub(super) fn key_ring(headers: &HeaderMap) -> Result<(), Problem> {
+    match headers.get("x-kms-key-ring") {
+        Some(ring) if !ring.is_empty() && ring != "default" => Err(Error::NotBuilt("key rings").into()),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn prefers_representation(headers: &HeaderMap) -> bool {
+    headers
+        .get_all("prefer")
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .any(|value| value.split([',', ';']).any(|one| one.trim() == "return=representation"))
+}
+
+/// What the caller calls this request, if it can be repeated in a header, a log and an audit record.
+pub(super) fn correlation(headers: &HeaderMap) -> Option<String> {
+    let text = headers.get("correlation-id")?.to_str().ok()?;
+    let fits = (1..=MAX_CORRELATION).contains(&text.len());
+    (fits && text.bytes().all(|b| b.is_ascii_graphic())).then(|| text.to_owned())
+}
+
+/// A UUID in its one usual form: 32 digits and four hyphens. Others could name one thing in two ways.
+pub(super) fn uuid(text: &str) -> Option<Uuid> {
+    if text.len() == 36 { Uuid::try_parse(text).ok() } else { None }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let mut all = headers.get_all(AUTHORIZATION).iter();
+    let value = all.next()?.to_str().ok()?;
+    if all.next().is_some() {
+        return None;
+    }
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: &str = "0f0c1a52-7a33-4c6e-9d5e-0123456789ab";
+
+    fn headers(pairs: &[(&'static str, &str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in pairs {
+            map.append(*name, value.parse().unwrap());
+        }
+        map
+    }
+
+    #[test]
+    fn either_header_names_the_instance_and_both_must_agree() {
+        let wanted: Uuid = ID.parse().unwrap();
+        let other = "0f0c1a52-7a33-4c6e-9d5e-000000000000";
+        for good in [
+            &[("icp-instance", ID)][..],
+            &[("bluemix-instance", ID)],
+            &[("icp-instance", ID), ("bluemix-instance", ID)],
+        ] {
+            assert_eq!(instance(&headers(good)).unwrap(), wanted);
+        }
+        let braced = format!("{{{ID}}}");
+        for bad in [
+            &[][..],
+            &[("icp-instance", "")],
+            &[("icp-instance", "<INSTANCE_ID>")],
+            &[("icp-instance", &braced)],
+            &[("icp-instance", ID), ("bluemix-instance", other)],
+            &[("icp-instance", ID), ("icp-instance", other)],
+        ] {
+            assert!(instance(&headers(bad)).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn one_bearer_token_is_read_and_nothing_else() {
+        assert_eq!(bearer(&headers(&[("authorization", "bearer a.b.c")])), Some("a.b.c"));
+        for bad in [
+            &[][..],
+            &[("authorization", "a.b.c")],
+            &[("authorization", "Basic a.b.c")],
+            &[("authorization", "Bearer a"), ("authorization", "Bearer b")],
+        ] {
+            assert_eq!(bearer(&headers(bad)), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_correlation_id_is_short_and_printable() {
+        let read = |text: &str| correlation(&headers(&[("correlation-id", text)]));
+        assert_eq!(read("abc-1").as_deref(), Some("abc-1"));
+        assert_eq!(read("a b"), None);
+        assert_eq!(read(&"x".repeat(200)), None);
+    }
+
+    #[test]
+    fn a_representation_is_preferred_only_when_said() {
+        let asks = |text: &str| prefers_representation(&headers(&[("prefer", text)]));
+        assert!(asks("return=representation"));
+        assert!(asks("wait=10, return=representation"));
+        assert!(!asks("return=minimal"));
+    }
+}

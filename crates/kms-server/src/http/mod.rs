@@ -1,0 +1,285 @@
+//! The wire: which method and path asks for what, and the way of every request through this server.
+//!
+//! The two tables below are the router. A path that is not in them is answered with 501 under the key API's prefix and
+//! with 404 elsewhere, never with a guess.
+
+mod auth;
+mod body;
+mod keys;
+mod manage;
+mod problem;
+mod query;
+mod tokens;
+
+use crate::app::App;
+use crate::ops::{self, Call};
+use crate::policy::{Action, Scope};
+use auth::correlation;
+use body::Body;
+use bytes::Bytes;
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use problem::{Dialect, Problem};
+use query::Query;
+use std::sync::Arc;
+use zeroize::Zeroizing;
+
+/// Both prefixes of the key API: direct, and behind the ingress of the on-premises product.
+pub const KEY_PREFIXES: [&str; 2] = ["/api/v2", "/kms/api/v2"];
+
+/// One request that is understood.
+#[derive(Debug, Clone, Copy)]
+pub struct Route {
+    pub method: &'static str,
+    /// Below the prefix. `{id}` stands for one segment; `?action=` must be in the query.
+    pub path: &'static str,
+    /// What the policy is asked.
+    pub action: Action,
+}
+
+const fn route(method: &'static str, path: &'static str, action: Action) -> Route {
+    Route { method, path, action }
+}
+
+/// What the key API understands. Creating and importing are one request; with a payload, `ImportKey` is asked for.
+pub const KEY_ROUTES: &[Route] = &[
+    route("HEAD", "/keys", Action::CountKeys),
+    route("GET", "/keys", Action::ListKeys),
+    route("POST", "/keys", Action::CreateKey),
+    route("GET", "/keys/{id}", Action::ReadKey),
+    route("DELETE", "/keys/{id}", Action::DeleteKey),
+    route("GET", "/keys/{id}/metadata", Action::ReadMetadata),
+    route("GET", "/keys/{id}/versions", Action::ListVersions),
+    route("POST", "/keys/{id}/actions/wrap", Action::Wrap),
+    route("POST", "/keys/{id}/actions/unwrap", Action::Unwrap),
+    route("POST", "/keys/{id}/actions/rotate", Action::RotateKey),
+    route("POST", "/keys/{id}?action=wrap", Action::Wrap),
+    route("POST", "/keys/{id}?action=unwrap", Action::Unwrap),
+    route("POST", "/keys/{id}?action=rotate", Action::RotateKey),
+];
+
+/// What the token service understands with a token. Tokens themselves and the signing keys are asked for without one.
+pub const MANAGEMENT_ROUTES: &[Route] = &[
+    route("GET", "/v1/instances", Action::ListInstances),
+    route("POST", "/v1/instances", Action::CreateInstance),
+    route("GET", "/v1/serviceids", Action::ListServiceIds),
+    route("POST", "/v1/serviceids", Action::CreateServiceId),
+    route("GET", "/v1/apikeys", Action::ListApiKeys),
+    route("POST", "/v1/apikeys", Action::CreateApiKey),
+    route("DELETE", "/v1/apikeys/{id}", Action::DeleteApiKey),
+];
+
+/// An answer before it is bytes on a wire.
+#[derive(Debug)]
+struct Answer {
+    status: StatusCode,
+    media_type: &'static str,
+    headers: HeaderMap,
+    // May hold a DEK, an API key or a token: wiped once it has been sent.
+    body: Zeroizing<Vec<u8>>,
+}
+
+impl Answer {
+    fn empty(status: StatusCode) -> Answer {
+        Answer { status, media_type: "", headers: HeaderMap::new(), body: Zeroizing::default() }
+    }
+
+    fn json(status: StatusCode, media_type: &'static str, value: &impl serde::Serialize) -> Answer {
+        // The types of answers are strings and numbers; they always serialise.
+        let body = Zeroizing::new(serde_json::to_vec(value).unwrap_or_default());
+        Answer { status, media_type, headers: HeaderMap::new(), body }
+    }
+}
+
+/// Answers one request to the key API.
+pub async fn keys(app: Arc<App>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let correlation = correlation(request.headers());
+    let path = request.uri().path().to_owned();
+    let found = KEY_PREFIXES
+        .iter()
+        .find_map(|prefix| path.strip_prefix(prefix).filter(|rest| rest.starts_with('/')));
+    let query = Query::parse(request.uri().query().unwrap_or_default());
+    let (action, result) = match found {
+        None => (None, Err(Problem::NoSuchPath)),
+        Some(rest) => match find(KEY_ROUTES, request.method(), rest, &query) {
+            None => (None, Err(Problem::NotBuilt)),
+            Some((route, id)) => {
+                let asked = Asked { action: route.action, id, query: &query };
+                (Some(route.action), key_call(&app, request, &asked, correlation.clone()).await)
+            }
+        },
+    };
+    finish(&app, Dialect::KeyProtect(action), result, correlation)
+}
+
+/// Answers one request to the token service.
+pub async fn tokens(app: Arc<App>, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    let correlation = correlation(request.headers());
+    let path = request.uri().path().to_owned();
+    let query = Query::default();
+    let result = match (request.method(), path.as_str()) {
+        (&Method::POST, "/oidc/token" | "/identity/token") => {
+            tokens::issue(&app, request, correlation.clone()).await
+        }
+        (_, "/oidc/token" | "/identity/token") => Err(Problem::WrongMethod),
+        (&Method::GET | &Method::HEAD, "/identity/keys") => Ok(tokens::signing_keys(&app)),
+        (method, path) => match find(MANAGEMENT_ROUTES, method, path, &query) {
+            None => Err(Problem::NoSuchPath),
+            Some((route, id)) => {
+                let asked = Asked { action: route.action, id, query: &query };
+                management_call(&app, request, &asked, correlation.clone()).await
+            }
+        },
+    };
+    finish(&app, Dialect::Iam, result, correlation)
+}
+
+/// What the request line says.
+#[derive(Debug)]
+struct Asked<'a> {
+    action: Action,
+    id: Option<&'a str>,
+    query: &'a Query,
+}
+
+async fn key_call(
+    app: &App,
+    request: Request<Incoming>,
+    asked: &Asked<'_>,
+    correlation: Option<String>,
+) -> Result<Answer, Problem> {
+    let caller = auth::caller(app, request.headers()).await?;
+    let instance = auth::instance(request.headers())?;
+    let call = Call { caller, scope: Scope::Instance(instance), correlation };
+    let result = async {
+        ops::enter_instance(app, &call).await?;
+        auth::key_ring(request.headers())?;
+        let prefer = auth::prefers_representation(request.headers());
+        let body = body::read(request).await?;
+        keys::perform(app, &call, asked, body, prefer).await
+    };
+    let result = result.await;
+    settle(app, &call, asked, result).await
+}
+
+async fn management_call(
+    app: &App,
+    request: Request<Incoming>,
+    asked: &Asked<'_>,
+    correlation: Option<String>,
+) -> Result<Answer, Problem> {
+    let caller = auth::caller(app, request.headers()).await?;
+    let scope = caller.grant.scope;
+    let call = Call { caller, scope, correlation };
+    let result = async {
+        let body = body::read(request).await?;
+        manage::perform(app, &call, asked, &body).await
+    };
+    let result = result.await;
+    settle(app, &call, asked, result).await
+}
+
+/// A refusal to somebody who is known is a use, too: it is recorded before it is answered.
+async fn settle(
+    app: &App,
+    call: &Call,
+    asked: &Asked<'_>,
+    result: Result<Answer, Problem>,
+) -> Result<Answer, Problem> {
+    let Err(problem) = &result else { return result };
+    let key = asked.id.and_then(auth::uuid);
+    ops::record_refusal(app, call, asked.action, key, problem.code()).await?;
+    result
+}
+
+fn finish(
+    app: &App,
+    dialect: Dialect,
+    result: Result<Answer, Problem>,
+    correlation: Option<String>,
+) -> Response<Full<Bytes>> {
+    let answer = result.unwrap_or_else(|problem| problem.answer(dialect));
+    app.metrics.answered(dialect.name(), answer.status.as_u16());
+    let mut response = Response::new(Full::new(Bytes::from_owner(answer.body)));
+    *response.status_mut() = answer.status;
+    *response.headers_mut() = answer.headers;
+    let headers = response.headers_mut();
+    if !answer.media_type.is_empty() {
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.media_type));
+    }
+    if let Some(id) = correlation.and_then(|id| HeaderValue::try_from(id).ok()) {
+        headers.insert(HeaderName::from_static("correlation-id"), id);
+    }
+    response
+}
+
+/// The route for a request, and what stands in the place of `{id}`.
+fn find<'p>(
+    routes: &'static [Route],
+    method: &Method,
+    path: &'p str,
+    query: &Query,
+) -> Option<(&'static Route, Option<&'p str>)> {
+    routes.iter().filter(|route| method == route.method).find_map(|route| {
+        let (template, action) = match route.path.split_once("?action=") {
+            Some((template, action)) => (template, Some(action)),
+            None => (route.path, None),
+        };
+        if action.is_some() && action != query.text("action") {
+            return None;
+        }
+        Some((route, matched(template, path)?))
+    })
+}
+
+/// `None`: the path is another one. Segments are compared as they stand; an escaped one matches nothing but `{id}`.
+#[expect(clippy::option_option, reason = "no match, or a match with or without an id")]
+fn matched<'p>(template: &str, path: &'p str) -> Option<Option<&'p str>> {
+    let mut id = None;
+    let mut segments = path.split('/');
+    for wanted in template.split('/') {
+        let segment = segments.next()?;
+        match wanted {
+            "{id}" if !segment.is_empty() => id = Some(segment),
+            _ if wanted == segment => {}
+            _ => return None,
+        }
+    }
+    segments.next().is_none().then_some(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn action(method: Method, path: &str, query: &str) -> Option<(Action, Option<&str>)> {
+        find(KEY_ROUTES, &method, path, &Query::parse(query)).map(|(route, id)| (route.action, id))
+    }
+
+    #[test]
+    fn both_forms_of_an_action_are_one() {
+        let long = action(Method::POST, "/keys/k1/actions/wrap", "");
+        let short = action(Method::POST, "/keys/k1", "action=wrap");
+        assert_eq!(long, Some((Action::Wrap, Some("k1"))));
+        assert_eq!(long, short);
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_matches_nothing() {
+        for (method, path, query) in [
+            (Method::POST, "/keys/k1", ""),
+            (Method::POST, "/keys/k1", "action=disable"),
+            (Method::POST, "/keys/k1/actions/disable", ""),
+            (Method::PATCH, "/keys/k1", ""),
+            (Method::GET, "/keys/", ""),
+            (Method::GET, "/keys/k1/", ""),
+            (Method::GET, "//keys", ""),
+            (Method::GET, "/keys/../keys", ""),
+            (Method::GET, "/key%73", ""),
+        ] {
+            assert_eq!(action(method.clone(), path, query), None, "{method} {path}?{query}");
+        }
+    }
+}

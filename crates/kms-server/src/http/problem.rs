@@ -1,0 +1,324 @@
+//! The one place where a failure becomes a status and a text, in the two dialects that clients read: the key API's
+//! envelope, in which the reason code stands in the text too, and the token service's error object.
+//!
+//! What the operator must act on is told to the operator's log; the caller hears only that it is not their fault.
+
+use super::Answer;
+use crate::ops::Error;
+use crate::policy::Action;
+use http::header::{HeaderValue, RETRY_AFTER};
+use http::{HeaderMap, StatusCode};
+use kms_api::rest::{
+    Collection, ERROR_TYPE, ErrorBody, Reason, Refusal, Target, TokenError, TokenErrorContext,
+};
+use kms_hsm::VaultError;
+use zeroize::Zeroizing;
+
+/// The media type of error bodies, and of everything the token service says.
+const JSON: &str = "application/json";
+/// Seconds after which a client may try again.
+const RETRY: HeaderValue = HeaderValue::from_static("2");
+
+/// Why a request gets no answer of its own.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Problem {
+    #[error("no such path")]
+    NoSuchPath,
+    #[error("this request is not built into this server")]
+    NotBuilt,
+    #[error("another method is needed here")]
+    WrongMethod,
+    #[error("a bearer token is required")]
+    NoToken,
+    #[error("the token is not valid, has expired, or its API key was revoked")]
+    BadToken,
+    #[error("the request body is larger than 64 KiB")]
+    TooLarge,
+    #[error("the request body ended too early")]
+    Cut,
+    #[error("{0}")]
+    BadBody(String),
+    #[error("the request has no body")]
+    NoBody,
+    #[error("{0} is missing or empty")]
+    MissingProperty(&'static str),
+    #[error("grants other than an API key are not built into this server")]
+    UnknownGrant,
+    #[error(transparent)]
+    Op(#[from] Error),
+}
+
+/// How the peer reads errors.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Dialect {
+    KeyProtect(Option<Action>),
+    Iam,
+}
+
+impl Dialect {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Dialect::KeyProtect(Some(action)) => action.name(),
+            Dialect::KeyProtect(None) => "unknown",
+            Dialect::Iam => "token_service",
+        }
+    }
+}
+
+impl Problem {
+    /// The reason code of the key API; what audit records call the outcome.
+    pub(super) fn code(&self) -> &'static str {
+        self.status_and_code().1
+    }
+
+    pub(super) fn answer(&self, dialect: Dialect) -> Answer {
+        let (status, code) = self.status_and_code();
+        self.log(dialect, status);
+        let mut answer = match dialect {
+            Dialect::KeyProtect(action) => {
+                Answer::json(status, JSON, &self.key_protect(action, status, code))
+            }
+            Dialect::Iam => Answer::json(status, JSON, &self.iam(code)),
+        };
+        if status == StatusCode::SERVICE_UNAVAILABLE {
+            answer.headers.insert(RETRY_AFTER, RETRY);
+        }
+        answer
+    }
+
+    fn log(&self, dialect: Dialect, status: StatusCode) {
+        let what = dialect.name();
+        if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED {
+            tracing::error!("{what} failed: {self}");
+        } else {
+            tracing::debug!("{what} refused with {}: {self}", status.as_u16());
+        }
+    }
+
+    fn status_and_code(&self) -> (StatusCode, &'static str) {
+        match self {
+            Problem::NoSuchPath => (StatusCode::NOT_FOUND, "NOT_FOUND"),
+            Problem::NotBuilt => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
+            Problem::WrongMethod => (StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"),
+            Problem::NoToken | Problem::BadToken => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED_ERR"),
+            Problem::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "BAD_BODY_ERR"),
+            Problem::Cut | Problem::BadBody(_) => (StatusCode::BAD_REQUEST, "BAD_BODY_ERR"),
+            Problem::NoBody => (StatusCode::BAD_REQUEST, "NO_BODY_ERR"),
+            Problem::MissingProperty(_) | Problem::UnknownGrant => {
+                (StatusCode::BAD_REQUEST, "INVALID_FIELD_ERR")
+            }
+            Problem::Op(error) => operation(error),
+        }
+    }
+
+    fn key_protect(&self, action: Option<Action>, status: StatusCode, code: &str) -> ErrorBody {
+        let name = status.canonical_reason().unwrap_or("Error");
+        let plain = |text: String| Refusal { error_msg: text, reasons: Vec::new() };
+        let refusal = match self {
+            // These three are texts that operators search for, and come without a code.
+            Problem::Op(Error::NoInstance) => plain(
+                "Bad Request: Request requires valid Instance Header containing a valid UUID".into(),
+            ),
+            Problem::Op(Error::Denied(_)) => {
+                plain("Unauthorized: The user does not have access to the specified resource".into())
+            }
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => plain(
+                "Unavailable: Experiencing delays. Please try again in few minutes.".into(),
+            ),
+            Problem::NoToken | Problem::BadToken => plain(format!("{name}: {self}")),
+            _ => Refusal {
+                error_msg: format!(
+                    "{name}: {}: Please see `reasons` for more details ({code})",
+                    action.map_or("Request could not be processed", phrase)
+                ),
+                reasons: vec![self.reason(status, code)],
+            },
+        };
+        Collection::new(ERROR_TYPE, vec![refusal])
+    }
+
+    fn reason(&self, status: StatusCode, code: &str) -> Reason {
+        let (kind, name) = match self {
+            Problem::Op(Error::Field { name, .. }) => ("field", *name),
+            Problem::Op(Error::Query { name, .. }) => ("query_param", *name),
+            _ => ("", ""),
+        };
+        let target = (!kind.is_empty()).then(|| Target { kind: kind.into(), name: name.into() });
+        // What the operator has to look into is no business of the caller's.
+        let message = if status == StatusCode::INTERNAL_SERVER_ERROR {
+            "the service could not complete the request".to_owned()
+        } else {
+            self.to_string()
+        };
+        Reason { code: code.into(), message, status: status.as_u16(), more_info: None, target }
+    }
+
+    fn iam(&self, code: &'static str) -> TokenError {
+        let (error_code, error_message) = match self {
+            Problem::Op(Error::UnknownApiKey) => {
+                ("BXNIM0415E", "Provided API key could not be found.")
+            }
+            Problem::MissingProperty(_) => ("BXNIM0109E", "Property missing or empty."),
+            Problem::NoToken => ("BXNIM0308E", "No authorization header was found."),
+            Problem::BadToken => ("BXNIM0407E", "Provided token is invalid."),
+            Problem::Op(Error::Denied(_)) => {
+                ("BXNIM0513E", "You are not authorized to use this API.")
+            }
+            Problem::WrongMethod => ("BXNIM0060E", "Method not allowed."),
+            Problem::Op(Error::Vault(_) | Error::Store(_) | Error::Audit(_)) => {
+                (code, "The service is not available. Please try again in few minutes.")
+            }
+            _ => (code, ""),
+        };
+        let own = error_message.is_empty();
+        TokenError {
+            error_code: error_code.into(),
+            error_message: if own { self.to_string() } else { error_message.into() },
+            error_details: self.iam_details(),
+            context: Some(TokenErrorContext {
+                request_type: Some("incoming.Identity_Token".into()),
+                ..TokenErrorContext::default()
+            }),
+        }
+    }
+
+    fn iam_details(&self) -> Option<String> {
+        match self {
+            Problem::MissingProperty(_) | Problem::Op(Error::Denied(_)) => Some(self.to_string()),
+            _ => None,
+        }
+    }
+}
+
+impl Answer {
+    /// An answer with nothing in it but headers.
+    pub(super) fn with(status: StatusCode, headers: HeaderMap) -> Answer {
+        Answer { status, media_type: "", headers, body: Zeroizing::default() }
+    }
+}
+
+fn operation(error: &Error) -> (StatusCode, &'static str) {
+    match error {
+        Error::Field { .. } => (StatusCode::BAD_REQUEST, "INVALID_FIELD_ERR"),
+        Error::Query { .. } | Error::PayloadUnwanted => {
+            (StatusCode::BAD_REQUEST, "INVALID_QUERY_PARAM_ERR")
+        }
+        Error::PayloadRequired => (StatusCode::BAD_REQUEST, "KEY_PAYLOAD_REQ_ERR"),
+        Error::NotAuthentic => (StatusCode::UNPROCESSABLE_ENTITY, "UNPROCESSABLE_CIPHERTEXT_ERR"),
+        Error::NotBuilt(_) => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
+        Error::Denied(_) => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED_ERR"),
+        Error::NoInstance => (StatusCode::BAD_REQUEST, "INVALID_INSTANCE"),
+        Error::KeyNotFound => (StatusCode::NOT_FOUND, "KEY_NOT_FOUND_ERR"),
+        Error::KeyDeleted => (StatusCode::GONE, "KEY_DELETED_ERR"),
+        Error::KeyState => (StatusCode::CONFLICT, "KEY_ACTION_INVALID_STATE_ERR"),
+        Error::RotatedTooSoon { .. } => (StatusCode::CONFLICT, "KEY_ROTATION_NOT_PERMITTED"),
+        Error::NotFound(_) => (StatusCode::NOT_FOUND, "NOT_FOUND"),
+        Error::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
+        Error::UnknownApiKey => (StatusCode::BAD_REQUEST, "UNKNOWN_API_KEY"),
+        Error::Vault(
+            VaultError::Unavailable { .. }
+            | VaultError::TimedOut
+            | VaultError::Busy
+            | VaultError::Capacity(_)
+            | VaultError::Credential(_),
+        )
+        | Error::Store(_)
+        | Error::Audit(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE"),
+        Error::Vault(
+            VaultError::NotFound
+            | VaultError::NotAuthentic
+            | VaultError::BadInput(_)
+            | VaultError::Exists
+            | VaultError::Policy(_),
+        ) => (StatusCode::INTERNAL_SERVER_ERROR, "INTERNAL_ERR"),
+    }
+}
+
+/// What could not be done, in the words of the service whose API this is.
+fn phrase(action: Action) -> &'static str {
+    match action {
+        Action::CreateKey | Action::ImportKey => "Key could not be created",
+        Action::CountKeys | Action::ListKeys => "Keys could not be retrieved",
+        Action::ReadKey => "Key could not be retrieved",
+        Action::ReadMetadata => "Key metadata could not be retrieved",
+        Action::ListVersions => "Key versions could not be retrieved",
+        Action::Wrap => "Wrap with key could not be performed",
+        Action::Unwrap => "Unwrap with key could not be performed",
+        Action::RotateKey => "Key could not be rotated",
+        Action::DeleteKey => "Key could not be deleted",
+        Action::ListInstances
+        | Action::CreateInstance
+        | Action::ListServiceIds
+        | Action::CreateServiceId
+        | Action::ListApiKeys
+        | Action::CreateApiKey
+        | Action::DeleteApiKey => "Request could not be processed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(problem: Problem, dialect: Dialect) -> (u16, serde_json::Value) {
+        let answer = problem.answer(dialect);
+        (answer.status.as_u16(), serde_json::from_slice(&answer.body).unwrap())
+    }
+
+    #[test]
+    fn the_reason_code_stands_in_the_text_and_in_the_reasons() {
+        let wrap = Dialect::KeyProtect(Some(Action::Wrap));
+        let (status, body) = said(Error::KeyNotFound.into(), wrap);
+        assert_eq!(status, 404);
+        assert_eq!(body["metadata"]["collectionType"], ERROR_TYPE);
+        assert_eq!(body["metadata"]["collectionTotal"], 1);
+        assert_eq!(
+            body["resources"][0]["errorMsg"],
+            "Not Found: Wrap with key could not be performed: Please see `reasons` for more details (KEY_NOT_FOUND_ERR)"
+        );
+        let reason = &body["resources"][0]["reasons"][0];
+        assert_eq!(reason["code"], "KEY_NOT_FOUND_ERR");
+        assert_eq!(reason["message"], "key does not exist");
+        assert_eq!(reason["status"], 404);
+    }
+
+    #[test]
+    fn texts_that_operators_search_for_stay_as_they_are() {
+        let list = Dialect::KeyProtect(Some(Action::ListKeys));
+        let (status, body) = said(Error::NoInstance.into(), list);
+        assert_eq!(status, 400);
+        assert_eq!(
+            body["resources"][0]["errorMsg"],
+            "Bad Request: Request requires valid Instance Header containing a valid UUID"
+        );
+        let (status, body) = said(Error::UnknownApiKey.into(), Dialect::Iam);
+        assert_eq!(status, 400);
+        assert_eq!(body["errorCode"], "BXNIM0415E");
+        assert_eq!(body["errorMessage"], "Provided API key could not be found.");
+        let away = VaultError::Unavailable { cause: "slot 7 has no token".into() };
+        let (status, body) = said(Error::Vault(away).into(), list);
+        assert_eq!(status, 503);
+        assert_eq!(
+            body["resources"][0]["errorMsg"],
+            "Unavailable: Experiencing delays. Please try again in few minutes."
+        );
+    }
+
+    #[test]
+    fn what_the_operator_must_act_on_is_not_told_to_the_caller() {
+        for error in [
+            Error::Vault(VaultError::Policy("secret detail".into())),
+            Error::Vault(VaultError::Credential("secret detail".into())),
+            Error::Store(crate::store::StoreError::Corrupt("secret detail".into())),
+        ] {
+            let text = error.to_string();
+            for dialect in [Dialect::KeyProtect(Some(Action::Unwrap)), Dialect::Iam] {
+                let problem = Problem::BadBody(text.clone());
+                assert!(said(problem, dialect).1.to_string().contains("secret detail"));
+            }
+            let (status, body) = said(error.into(), Dialect::KeyProtect(Some(Action::Unwrap)));
+            assert!(status >= 500);
+            assert!(!body.to_string().contains("secret detail"), "{body}");
+        }
+    }
+}

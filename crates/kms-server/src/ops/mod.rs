@@ -1,0 +1,183 @@
+//! What the server does, one verb in one file. Each reads the same way: the policy allows, the store knows, the vault
+//! does, the audit record is durable, the answer goes out. Nothing here knows HTTP or JSON.
+
+pub mod api_keys;
+pub mod create_key;
+pub mod delete_key;
+pub mod get_key;
+pub mod import_key;
+pub mod instances;
+pub mod issue_token;
+pub mod list_keys;
+pub mod rotate_key;
+pub mod service_ids;
+pub mod unwrap;
+pub mod wrap;
+
+use crate::app::App;
+use crate::audit::{AuditError, Outcome, Record};
+use crate::policy::{self, Action, Caller, Denied, Scope};
+use crate::store::{Key, KeyState, StoreError};
+use kms_hsm::VaultError;
+use uuid::Uuid;
+
+/// A call by somebody whose token was good, before it is known what they may do.
+#[derive(Debug, Clone)]
+pub struct Call {
+    pub caller: Caller,
+    /// Where: the instance named in the request, or the whole server.
+    pub scope: Scope,
+    pub correlation: Option<String>,
+}
+
+impl Call {
+    fn allow(&self, action: Action) -> Result<(), Denied> {
+        policy::allow(&self.caller, action, self.scope)
+    }
+
+    /// The instance of a call to the key API.
+    fn instance(&self) -> Result<Uuid, Error> {
+        self.scope.instance().ok_or(Error::NoInstance)
+    }
+}
+
+/// Why an operation was not done, grouped by who must act.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    // The caller sends something else.
+    #[error("{name} {why}")]
+    Field { name: &'static str, why: String },
+    #[error("{name} {why}")]
+    Query { name: &'static str, why: String },
+    #[error("this key was imported: rotating it needs the new key material as payload")]
+    PayloadRequired,
+    #[error("this key was generated in the HSM: rotating it takes no payload")]
+    PayloadUnwanted,
+    #[error("the ciphertext is invalid or corrupted, or the associated data differs")]
+    NotAuthentic,
+    #[error("{0} is not built into this server")]
+    NotBuilt(&'static str),
+    // The caller names something else, or somebody grants them the right.
+    #[error(transparent)]
+    Denied(#[from] Denied),
+    #[error("no instance of this id may be used by this caller")]
+    NoInstance,
+    #[error("key does not exist")]
+    KeyNotFound,
+    #[error("key has already been deleted")]
+    KeyDeleted,
+    #[error("key is not in a valid state")]
+    KeyState,
+    #[error("the key was rotated less than {minimum} s ago")]
+    RotatedTooSoon { minimum: u64 },
+    #[error("{0} does not exist")]
+    NotFound(&'static str),
+    #[error("{0}")]
+    Conflict(String),
+    #[error("Provided API key could not be found")]
+    UnknownApiKey,
+    // The operator looks at the HSM, the database or the audit log.
+    #[error("HSM: {0}")]
+    Vault(VaultError),
+    #[error("database: {0}")]
+    Store(StoreError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+}
+
+impl From<VaultError> for Error {
+    fn from(error: VaultError) -> Self {
+        Error::Vault(error)
+    }
+}
+
+impl From<StoreError> for Error {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Conflict(why) => Error::Conflict(why),
+            other => Error::Store(other),
+        }
+    }
+}
+
+/// Lets a call into its instance: one that exists and that the caller has any right in. Both failures look alike, so
+/// that nobody learns which instances there are.
+///
+/// # Errors
+/// `NoInstance`, and those of the database.
+pub async fn enter_instance(app: &App, call: &Call) -> Result<(), Error> {
+    let id = call.instance()?;
+    let mine = call.caller.grant.scope.covers(call.scope);
+    if mine && app.store.instance_exists(id).await? { Ok(()) } else { Err(Error::NoInstance) }
+}
+
+/// What a record names besides the caller.
+#[derive(Debug, Default, Clone, Copy)]
+struct Subject {
+    key: Option<Uuid>,
+    version: Option<Uuid>,
+}
+
+impl Subject {
+    fn key(key: &Key) -> Subject {
+        Subject { key: Some(key.id), version: Some(key.version.id) }
+    }
+}
+
+/// Writes that `action` was done. Every operation ends with it.
+async fn record(app: &App, call: &Call, action: Action, subject: Subject) -> Result<(), Error> {
+    write(app, call, action, subject, Outcome::Done).await
+}
+
+/// Writes that `action` was refused with reason `code`.
+///
+/// # Errors
+/// When the record cannot be written: then not even the refusal is answered as such.
+pub async fn record_refusal(
+    app: &App,
+    call: &Call,
+    action: Action,
+    key: Option<Uuid>,
+    code: &'static str,
+) -> Result<(), Error> {
+    let subject = Subject { key, version: None };
+    write(app, call, action, subject, Outcome::Refused(code)).await
+}
+
+async fn write(
+    app: &App,
+    call: &Call,
+    action: Action,
+    subject: Subject,
+    outcome: Outcome,
+) -> Result<(), Error> {
+    let record = Record {
+        action: action.name(),
+        outcome,
+        caller: Some(call.caller.iam_id()),
+        api_key: Some(call.caller.api_key),
+        instance: call.scope.instance(),
+        key: subject.key,
+        version: subject.version,
+        correlation: call.correlation.clone(),
+    };
+    Ok(app.audit.record(record).await?)
+}
+
+/// The key `id`, if it may be used for more than being looked at.
+async fn living_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
+    let key = app.store.key(call.instance()?, id).await?.ok_or(Error::KeyNotFound)?;
+    match key.state(app.now()) {
+        KeyState::Destroyed => Err(Error::KeyDeleted),
+        KeyState::Active | KeyState::Deactivated => Ok(key),
+    }
+}
+
+/// The key `id`, if it may be used for new things.
+async fn active_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
+    let key = living_key(app, call, id).await?;
+    match key.state(app.now()) {
+        KeyState::Active => Ok(key),
+        KeyState::Deactivated | KeyState::Destroyed => Err(Error::KeyState),
+    }
+}

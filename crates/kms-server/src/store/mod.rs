@@ -1,0 +1,247 @@
+//! The store: which instances, service IDs, API keys, CRKs and versions exist. Names and states only; key material
+//! and API keys are never in it.
+//!
+//! A CRK is first *pending*: its row is there before the HSM makes anything, so that whatever a crash leaves behind
+//! has a name. Pending keys and versions are invisible to all but [`Store::known_versions`].
+
+mod sqlite;
+
+pub use sqlite::SqliteStore;
+
+use crate::policy::{Caller, Grant};
+use async_trait::async_trait;
+use kms_hsm::RsaPublic;
+use std::fmt::Debug;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// What the server remembers. Every method that changes something has done so durably when it returns.
+#[async_trait]
+pub trait Store: Send + Sync + Debug {
+    /// Answers when the store can be read.
+    async fn probe(&self) -> Result<(), StoreError>;
+
+    /// Puts the first instance, service IDs and signing key in place, all or nothing.
+    ///
+    /// # Errors
+    /// `Conflict` when anything of the kind is there already.
+    async fn initialise(&self, first: &FirstContent) -> Result<(), StoreError>;
+    /// The key that signs tokens, `None` before [`Store::initialise`].
+    async fn signing_key(&self) -> Result<Option<SigningKey>, StoreError>;
+
+    /// # Errors
+    /// `Conflict` when the name is taken.
+    async fn add_instance(&self, instance: &Instance) -> Result<(), StoreError>;
+    async fn instances(&self) -> Result<Vec<Instance>, StoreError>;
+    async fn instance_exists(&self, id: Uuid) -> Result<bool, StoreError>;
+
+    /// # Errors
+    /// `Conflict` when its instance does not exist.
+    async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError>;
+    async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError>;
+    async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError>;
+
+    /// # Errors
+    /// `Conflict` when its service ID does not exist.
+    async fn add_api_key(&self, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError>;
+    /// Those that are not revoked.
+    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError>;
+    /// False when there is no such API key that could be revoked.
+    async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError>;
+    /// Who an API key speaks for, by what was presented; `None` for unknown and revoked keys alike.
+    async fn caller_by_hash(&self, hash: &ApiKeyHash) -> Result<Option<Caller>, StoreError>;
+    /// Who a token speaks for now; `None` once its API key is revoked.
+    async fn caller(&self, service_id: Uuid, api_key: Uuid) -> Result<Option<Caller>, StoreError>;
+
+    /// Notes that `key` and its first version are about to be made.
+    async fn begin_key(&self, key: &NewKey) -> Result<(), StoreError>;
+    /// Makes a pending key visible and active, with its first version.
+    ///
+    /// # Errors
+    /// `Conflict` when it is not pending.
+    async fn activate_key(&self, key: Uuid, version: Uuid) -> Result<(), StoreError>;
+    /// Notes that `version` of `key` is about to be made.
+    async fn begin_version(&self, key: Uuid, version: &Version) -> Result<(), StoreError>;
+    /// Makes a pending version the one that wraps.
+    ///
+    /// # Errors
+    /// `Conflict` when it is not pending, or its key is no longer active.
+    async fn activate_version(
+        &self,
+        key: Uuid,
+        version: Uuid,
+        at: OffsetDateTime,
+    ) -> Result<(), StoreError>;
+    async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError>;
+    /// One page, ordered by id.
+    async fn keys(
+        &self,
+        instance: Uuid,
+        wanted: &Wanted,
+        page: Page,
+    ) -> Result<Vec<Key>, StoreError>;
+    async fn count_keys(&self, instance: Uuid, wanted: &Wanted) -> Result<u64, StoreError>;
+    /// Newest first. The first is the one that wraps.
+    async fn versions(&self, instance: Uuid, key: Uuid) -> Result<Vec<Version>, StoreError>;
+    /// Marks a key as destroyed; false when it was already. Its versions stay, here and in the HSM.
+    async fn delete_key(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        at: OffsetDateTime,
+        by: &str,
+    ) -> Result<bool, StoreError>;
+    /// Every version of every key, pending ones too: what the HSM is compared with.
+    async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError>;
+}
+
+/// SHA-256 of an API key. The key has 256 random bits, so the hash needs no salt and no stretching.
+pub type ApiKeyHash = [u8; 32];
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Instance {
+    pub id: Uuid,
+    pub name: String,
+    pub created_at: OffsetDateTime,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServiceId {
+    pub id: Uuid,
+    pub name: String,
+    pub description: Option<String>,
+    pub grant: Grant,
+    pub created_at: OffsetDateTime,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiKey {
+    pub id: Uuid,
+    pub service_id: Uuid,
+    pub name: String,
+    pub created_at: OffsetDateTime,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SigningKey {
+    pub id: Uuid,
+    pub public: RsaPublic,
+    pub created_at: OffsetDateTime,
+}
+
+/// What `kms-server init` puts in place.
+#[derive(Debug)]
+pub struct FirstContent {
+    pub instance: Instance,
+    pub signing_key: SigningKey,
+    pub service_ids: Vec<(ServiceId, ApiKey, ApiKeyHash)>,
+}
+
+/// The numbers are those of the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyState {
+    Active,
+    /// Expired: still unwraps, no longer wraps.
+    Deactivated,
+    Destroyed,
+}
+
+impl KeyState {
+    #[must_use]
+    pub fn number(self) -> u8 {
+        match self {
+            KeyState::Active => 1,
+            KeyState::Deactivated => 3,
+            KeyState::Destroyed => 5,
+        }
+    }
+}
+
+/// A CRK as it is to be made.
+#[derive(Debug, Clone)]
+pub struct NewKey {
+    pub id: Uuid,
+    pub instance: Uuid,
+    pub name: String,
+    pub description: Option<String>,
+    pub tags: Vec<String>,
+    pub imported: bool,
+    pub expires_at: Option<OffsetDateTime>,
+    pub created_at: OffsetDateTime,
+    pub created_by: String,
+    pub version: Uuid,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Key {
+    pub id: Uuid,
+    pub instance: Uuid,
+    pub name: String,
+    pub description: Option<String>,
+    pub tags: Vec<String>,
+    pub imported: bool,
+    pub destroyed: bool,
+    pub expires_at: Option<OffsetDateTime>,
+    pub created_at: OffsetDateTime,
+    pub created_by: String,
+    pub rotated_at: Option<OffsetDateTime>,
+    pub deleted_at: Option<OffsetDateTime>,
+    pub deleted_by: Option<String>,
+    /// The version that wraps.
+    pub version: Version,
+}
+
+impl Key {
+    /// Expiry needs no event: a key is deactivated from its date on.
+    #[must_use]
+    pub fn state(&self, now: OffsetDateTime) -> KeyState {
+        if self.destroyed {
+            return KeyState::Destroyed;
+        }
+        match self.expires_at {
+            Some(end) if end <= now => KeyState::Deactivated,
+            _ => KeyState::Active,
+        }
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Version {
+    pub id: Uuid,
+    pub created_at: OffsetDateTime,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownVersion {
+    pub instance: Uuid,
+    pub key: Uuid,
+    pub version: Uuid,
+    pub pending: bool,
+}
+
+/// Which keys a list shows: those that are in one of these states at this time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wanted {
+    pub states: Vec<KeyState>,
+    pub now: OffsetDateTime,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Page {
+    pub limit: u32,
+    pub offset: u32,
+}
+
+/// Why the store did not do it, grouped by who must act.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The caller: what is there already does not allow it.
+    #[error("{0}")]
+    Conflict(String),
+    /// The operator: the database holds something that this server never wrote.
+    #[error("the database holds what this server did not write: {0}")]
+    Corrupt(String),
+    /// The operator: the database cannot be opened, read or written.
+    #[error("the database does not answer: {0}")]
+    Unavailable(String),
+}

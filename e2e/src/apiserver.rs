@@ -1,0 +1,194 @@
+//! An unmodified kube-apiserver, and kubectl against it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::assets::Assets;
+use crate::error::{Error, Result};
+use crate::etcd::Etcd;
+use crate::process::{self, Lifetime, Spec};
+use crate::server::Server;
+use crate::{pki, ports, wait};
+
+/// One kube-apiserver.
+#[derive(Debug)]
+pub struct ApiServer {
+    pub server: Server,
+    pub kubectl: Kubectl,
+}
+
+impl ApiServer {
+    /// Starts kube-apiserver in `dir` with this EncryptionConfiguration and waits for `/readyz`.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn start(
+        assets: &Assets,
+        etcd: &Etcd,
+        encryption_config: &Path,
+        dir: &Path,
+        lifetime: Lifetime,
+    ) -> Result<Self> {
+        let port = ports::free()?;
+        let (signing_key, public_key) = pki::service_account_keys(dir)?;
+        let tokens = dir.join("tokens.csv");
+        let token = random_token()?;
+        pki::write_private(&tokens, &format!("{token},admin,1,system:masters\n"))?;
+        let kubectl = Kubectl::create(&assets.kubectl, port, &token, dir)?;
+        let spec = Spec::new("kube-apiserver", &assets.kube_apiserver, dir, lifetime)
+            .arg(format!("--etcd-servers={}", etcd.url()))
+            .arg(format!("--cert-dir={}", dir.join("apiserver-certs").display()))
+            .arg(format!("--secure-port={port}"))
+            .arg("--bind-address=127.0.0.1")
+            .arg("--service-account-issuer=https://kubernetes.default.svc")
+            .arg(format!("--service-account-key-file={}", public_key.display()))
+            .arg(format!("--service-account-signing-key-file={}", signing_key.display()))
+            .arg(format!("--token-auth-file={}", tokens.display()))
+            .arg("--authorization-mode=RBAC")
+            .arg("--service-cluster-ip-range=10.0.0.0/24")
+            .arg("--disable-admission-plugins=ServiceAccount")
+            .arg(format!("--encryption-provider-config={}", encryption_config.display()))
+            .arg("--feature-gates=KMSv1=true");
+        let mut apiserver = Self { server: Server::new(spec), kubectl };
+        apiserver.server.start()?;
+        apiserver.wait_until_ready()?;
+        Ok(apiserver)
+    }
+
+    /// Waits for `/readyz`.
+    ///
+    /// # Errors
+    /// When time is up or the process ends.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        wait::until("kube-apiserver's readiness", READY_WITHIN, &[self.server.running()?], || {
+            match self.kubectl.run(&["get", "--raw", "/readyz"], b"") {
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.to_string()),
+            }
+        })
+    }
+}
+
+/// kubectl with the administrator's credentials.
+#[derive(Debug, Clone)]
+pub struct Kubectl {
+    program: PathBuf,
+    pub kubeconfig: PathBuf,
+    cache: PathBuf,
+}
+
+impl Kubectl {
+    /// Runs kubectl and returns what it printed on standard output.
+    ///
+    /// # Errors
+    /// When it fails, with all that it printed.
+    pub fn run(&self, args: &[&str], stdin: &[u8]) -> Result<String> {
+        let bytes = process::stdout(self.command(args), stdin)?;
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Runs kubectl and returns everything, also when it fails: for tests of what a user sees.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn output(&self, args: &[&str]) -> Result<Output> {
+        process::output(self.command(args), b"")
+    }
+
+    /// `kubectl create secret generic NAME --from-literal=KEY=VALUE` in the namespace `default`.
+    ///
+    /// # Errors
+    /// When kube-apiserver refuses, with its text.
+    pub fn create_secret(&self, name: &str, key: &str, value: &str) -> Result<String> {
+        self.run(
+            &["create", "secret", "generic", name, &format!("--from-literal={key}={value}")],
+            b"",
+        )
+    }
+
+    /// `kubectl create configmap NAME --from-literal=KEY=VALUE` in the namespace `default`.
+    ///
+    /// # Errors
+    /// When kube-apiserver refuses, with its text.
+    pub fn create_configmap(&self, name: &str, key: &str, value: &str) -> Result<String> {
+        self.run(&["create", "configmap", name, &format!("--from-literal={key}={value}")], b"")
+    }
+
+    /// One value of a secret, decoded.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn secret_value(&self, name: &str, key: &str) -> Result<String> {
+        let template = format!("go-template={{{{index .data \"{key}\" | base64decode}}}}");
+        self.run(&["get", "secret", name, "-o", &template], b"")
+    }
+
+    /// One value of a configmap.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn configmap_value(&self, name: &str, key: &str) -> Result<String> {
+        let template = format!("go-template={{{{index .data \"{key}\"}}}}");
+        self.run(&["get", "configmap", name, "-o", &template], b"")
+    }
+
+    /// `kubectl get … -o json`.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn json(&self, args: &[&str]) -> Result<Value> {
+        let text = self.run(&[&["get"], args, &["-o", "json"]].concat(), b"")?;
+        serde_json::from_str(&text)
+            .map_err(|error| Error::answer("kubectl", format!("{error}: {text}")))
+    }
+
+    fn create(program: &Path, port: u16, token: &str, dir: &Path) -> Result<Self> {
+        let kubeconfig = dir.join("kubeconfig");
+        // kube-apiserver makes its own serving certificate at start: there is nothing yet to pin here.
+        let text = format!(
+            "apiVersion: v1
+kind: Config
+clusters:
+- name: keelson
+  cluster:
+    server: https://127.0.0.1:{port}
+    insecure-skip-tls-verify: true
+users:
+- name: admin
+  user:
+    token: {token}
+contexts:
+- name: keelson
+  context:
+    cluster: keelson
+    user: admin
+    namespace: default
+current-context: keelson
+"
+        );
+        pki::write_private(&kubeconfig, &text)?;
+        let cache = dir.join("kube-cache");
+        fs::create_dir_all(&cache).map_err(Error::machine(format!("make {}", cache.display())))?;
+        Ok(Self { program: program.to_owned(), kubeconfig, cache })
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        command.args(args).env("KUBECONFIG", &self.kubeconfig).env("KUBECACHEDIR", &self.cache);
+        command
+    }
+}
+
+/// The administrator's token: other users of this machine can reach the port as well.
+fn random_token() -> Result<String> {
+    let mut bytes = [0; 16];
+    aws_lc_rs::rand::fill(&mut bytes)
+        .map_err(|_| Error::answer("the random source", "no random bytes"))?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+const READY_WITHIN: Duration = Duration::from_secs(120);

@@ -1,0 +1,149 @@
+//! kms-server with its SoftHSM2 token: initialised once, then started, stopped, frozen and killed at will.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::error::{Error, Result};
+use crate::pki::{self, Pki};
+use crate::process::{self, Lifetime, Spec};
+use crate::server::Server;
+use crate::softhsm::SoftHsm;
+use crate::{http, ports, wait};
+
+/// The key service of one chain.
+#[derive(Debug)]
+pub struct KeyService {
+    pub server: Server,
+    health_port: u16,
+    pub url: String,
+    pub token_url: String,
+    pub ca: PathBuf,
+    pub instance_id: String,
+    pub admin_api_key: String,
+}
+
+impl KeyService {
+    /// Writes the configuration, makes the token, the database, the default instance and the administrator, and
+    /// starts the server. Takes the seed's ports when `seed_ports` is set and they are free.
+    ///
+    /// # Errors
+    /// When a step fails, with what the program printed.
+    pub fn start(program: &Path, dir: &Path, seed_ports: bool, lifetime: Lifetime) -> Result<Self> {
+        let pki = Pki::create(dir)?;
+        let hsm = SoftHsm::create(dir)?;
+        let (keys, tokens) = if seed_ports {
+            (ports::prefer(KEYS_PORT)?, ports::prefer(TOKENS_PORT)?)
+        } else {
+            (ports::free()?, ports::free()?)
+        };
+        let health_port = ports::free()?;
+        let config = write_config(dir, &pki, &hsm, Ports { keys, tokens, health: health_port })?;
+        let identity = initialise(program, &config, &hsm)?;
+        let spec = Spec::new("kms-server", program, dir, lifetime)
+            .arg("--config")
+            .arg(&config)
+            .env("SOFTHSM2_CONF", &hsm.config);
+        let mut service = Self {
+            server: Server::new(spec),
+            health_port,
+            url: format!("https://127.0.0.1:{keys}"),
+            token_url: format!("https://127.0.0.1:{tokens}/oidc/token"),
+            ca: pki.ca,
+            instance_id: identity.instance_id,
+            admin_api_key: identity.admin.api_key,
+        };
+        service.server.start()?;
+        service.wait_until_ready()?;
+        Ok(service)
+    }
+
+    /// Waits until it says that it is ready: after a start, or after [`Server::thaw`].
+    ///
+    /// # Errors
+    /// When time is up or the process ends.
+    pub fn wait_until_ready(&self) -> Result<()> {
+        let watched = [self.server.running()?];
+        wait::until(
+            "kms-server's readiness",
+            Duration::from_secs(60),
+            &watched,
+            || match http::get(self.health_port, "/readyz")? {
+                (200, _) => Ok(()),
+                (status, body) => Err(format!("{status} {body}")),
+            },
+        )
+    }
+}
+
+/// As in the seed.
+const KEYS_PORT: u16 = 28674;
+const TOKENS_PORT: u16 = 10443;
+
+struct Ports {
+    keys: u16,
+    tokens: u16,
+    health: u16,
+}
+
+#[derive(Deserialize)]
+struct Identity {
+    instance_id: String,
+    admin: Credential,
+}
+
+#[derive(Deserialize)]
+struct Credential {
+    api_key: String,
+}
+
+fn write_config(dir: &Path, pki: &Pki, hsm: &SoftHsm, ports: Ports) -> Result<PathBuf> {
+    let pin = dir.join("pin");
+    let so_pin = dir.join("so-pin");
+    pki::write_private(&pin, "582910")?;
+    pki::write_private(&so_pin, "31415926")?;
+    let text = format!(
+        r#"SERVER_CONFIG:
+  KEYS_ADDRESS: "127.0.0.1:{keys}"
+  TOKENS_ADDRESS: "127.0.0.1:{tokens}"
+  HEALTH_ADDRESS: "127.0.0.1:{health}"
+  TLS_CERT_FILE: "{cert}"
+  TLS_KEY_FILE: "{key}"
+  ISSUER_URL: "https://127.0.0.1:{tokens}"
+  DATABASE_URL: "sqlite://{database}"
+  AUDIT_FILE: "{audit}"
+HSM:
+  PKCS11_LIBRARY: "{library}"
+  TOKEN_LABEL: "keelson"
+  PIN_FILE: "{pin}"
+  SO_PIN_FILE: "{so_pin}"
+LOGGER:
+  LOG_LEVEL: "info"
+  LOG_ALL_VALUES: false
+"#,
+        keys = ports.keys,
+        tokens = ports.tokens,
+        health = ports.health,
+        cert = pki.server_cert.display(),
+        key = pki.server_key.display(),
+        database = dir.join("kms.db").display(),
+        audit = dir.join("audit.log").display(),
+        library = hsm.library.display(),
+        pin = pin.display(),
+        so_pin = so_pin.display(),
+    );
+    let config = dir.join("kms-server.yaml");
+    pki::write_private(&config, &text)?;
+    Ok(config)
+}
+
+fn initialise(program: &Path, config: &Path, hsm: &SoftHsm) -> Result<Identity> {
+    let mut init = std::process::Command::new(program);
+    init.args(["init", "-o", "json", "--config"]).arg(config).env("SOFTHSM2_CONF", &hsm.config);
+    let printed = process::stdout(init, b"")?;
+    serde_json::from_slice(&printed).map_err(|error| {
+        // The answer holds API keys: only its shape is told.
+        Error::answer("kms-server init", format!("{error}, in {} bytes of JSON", printed.len()))
+    })
+}
