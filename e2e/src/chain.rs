@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use crate::apiserver::{ApiServer, Kubectl};
 use crate::assets::{Assets, Kubernetes, Programs, target_folder};
@@ -71,7 +72,7 @@ impl Chain {
         say("create the customer root key and the plug-in's service ID and API key");
         let kmsctl = Kmsctl::new(&programs.kmsctl, &key_service);
         let crk_id = kmsctl.create_key("kubernetes-secrets")?;
-        let plugin_credential = kmsctl.create_credential("kmsplugin", "Reader")?;
+        let plugin_credential = kmsctl.create_credential("kmsplugin", "Viewer")?;
         say("write kmsplugin-config.yaml and start kmsplugin");
         let health_port = if seed_ports { ports::prefer(HEALTHZ_PORT)? } else { ports::free()? };
         let mut config = plugin::Config {
@@ -166,6 +167,36 @@ impl Cluster {
         pki::write_file(&encryption_config, &encryption_yaml(socket, secrets))?;
         let apiserver = ApiServer::start(assets, &etcd, &encryption_config, dir, lifetime)?;
         Ok(Self { apiserver, etcd, encryption_config })
+    }
+}
+
+/// One chain for all tests of a file. They run one after the other; a test that fails takes its chain with it, so
+/// that the next one starts from a whole one.
+#[derive(Debug)]
+pub struct Shared {
+    chain: Mutex<Option<Chain>>,
+    start: fn() -> Result<Chain>,
+}
+
+impl Shared {
+    /// `start` is called by the first test that needs the chain.
+    pub const fn new(start: fn() -> Result<Chain>) -> Self {
+        Self { chain: Mutex::new(None), start }
+    }
+
+    /// Runs one test with the chain.
+    ///
+    /// # Errors
+    /// When the chain does not start, or the test's own.
+    pub fn with(&self, test: impl FnOnce(&mut Chain) -> Result<()>) -> Result<()> {
+        let mut slot = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = match slot.take() {
+            Some(chain) => chain,
+            None => (self.start)()?,
+        };
+        test(&mut chain)?;
+        *slot = Some(chain);
+        Ok(())
     }
 }
 

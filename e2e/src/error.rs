@@ -1,5 +1,6 @@
 //! Why a part of the chain could not be started or driven, grouped by who must act.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use std::time::Duration;
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What went wrong with a process of the chain.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 pub enum Error {
     /// The machine lacks a program or a library: the user installs or builds it.
     #[error("{what} is missing: {remedy}")]
@@ -52,6 +53,13 @@ impl Error {
     /// A program answered, but not as it should.
     pub fn answer(from: impl Into<String>, text: impl Into<String>) -> Self {
         Self::Answer { from: from.into(), text: text.into() }
+    }
+}
+
+/// A test that fails with this shows it by Debug: readable text and whole log lines, not one escaped string.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{self}")
     }
 }
 

@@ -13,6 +13,7 @@ use crate::process;
 #[derive(Debug, Clone)]
 pub struct Kmsctl {
     program: PathBuf,
+    instance_id: String,
     envs: Vec<(&'static str, String)>,
 }
 
@@ -34,7 +35,7 @@ impl Kmsctl {
             ("KMS_INSTANCE_ID", service.instance_id.clone()),
             ("KMS_API_KEY", service.admin_api_key.clone()),
         ];
-        Self { program: program.to_owned(), envs }
+        Self { program: program.to_owned(), instance_id: service.instance_id.clone(), envs }
     }
 
     /// The variables that kmsctl and the demo's `env.sh` share.
@@ -48,7 +49,8 @@ impl Kmsctl {
     /// When it fails, with all that it printed.
     pub fn run(&self, args: &[&str], stdin: &[u8]) -> Result<String> {
         let mut command = Command::new(&self.program);
-        command.args(args).envs(self.envs.iter().map(|(name, value)| (name, value)));
+        // Of the caller's environment, KMS_API_KEY_FILE for one would win over what is set here.
+        command.args(args).env_clear().envs(self.envs.iter().map(|(name, value)| (name, value)));
         let bytes = process::stdout(command, stdin)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
@@ -79,12 +81,13 @@ impl Kmsctl {
         self.run(&["keys", "rotate", id], b"").map(drop)
     }
 
-    /// Makes a service ID with one role, and an API key for it.
+    /// Makes a service ID with one role in the instance, and an API key for it.
     ///
     /// # Errors
     /// When the service refuses.
     pub fn create_credential(&self, name: &str, role: &str) -> Result<Credential> {
-        let service = self.json(&["service-ids", "create", name, "--role", role], b"")?;
+        let scope = ["--role", role, "--instance", &self.instance_id];
+        let service = self.json(&[&["service-ids", "create", name], &scope[..]].concat(), b"")?;
         let service_id = text_of(&service, "id")?;
         let key = self.json(&["api-keys", "create", name, "--service-id", &service_id], b"")?;
         Ok(Credential {

@@ -29,7 +29,8 @@ pub enum Lifetime {
     Detached,
 }
 
-/// What to start: program, arguments, environment, where its output goes.
+/// What to start: program, arguments, environment, where its output goes. Of the caller's environment only PATH is
+/// handed on: kmsplugin takes settings from variables with names as common as REGION.
 #[derive(Debug, Clone)]
 pub struct Spec {
     pub name: String,
@@ -84,6 +85,8 @@ impl Spec {
         command
             .arg(&self.program)
             .args(&self.args)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .envs(self.envs.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log)

@@ -11,6 +11,7 @@ mod interrupt;
 mod packages;
 mod progress;
 mod test;
+mod walls;
 
 use std::process::ExitCode;
 

@@ -8,7 +8,7 @@ use keelson_e2e::{Error, Result, process};
 use kms_core::clock::{Clock, SystemClock};
 
 use crate::progress::seconds;
-use crate::{cargo, envtest, packages};
+use crate::{cargo, envtest, packages, walls};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -27,6 +27,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     prepare(args, &mut report)?;
     let name: Vec<&str> = args.name.iter().map(String::as_str).collect();
     if !args.e2e {
+        report.walls()?;
         report.check("format", &["fmt", "--all", "--check"])?;
         let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
         report.check("lints", &clippy)?;
@@ -92,11 +93,24 @@ impl Report {
         Ok(())
     }
 
+    /// The boundaries between the crates.
+    fn walls(&mut self) -> Result<()> {
+        let good = self.phase("walls between the crates", || {
+            let violations = walls::violations()?;
+            violations.iter().for_each(|violation| println!("{violation}"));
+            Ok(violations.is_empty())
+        })?;
+        self.total.failed += u64::from(!good);
+        Ok(())
+    }
+
     /// A phase whose runner says what passed and failed. One that fails without a failed test (it does not
     /// compile, it crashes) counts as one failure.
     fn tests(&mut self, name: &str, args: &[&str]) -> Result<()> {
         let mut summary = Summary::default();
-        let good = self.phase(name, || run_tests(cargo::command(args), &mut summary, &mut std::io::stdout()))?;
+        let good = self.phase(name, || {
+            run_tests(cargo::command(args), &mut summary, &mut std::io::stdout())
+        })?;
         self.total.passed += summary.passed;
         self.total.skipped += summary.skipped;
         self.total.failed += if good { summary.failed } else { summary.failed.max(1) };
@@ -105,11 +119,7 @@ impl Report {
 }
 
 /// Runs a test runner, passes its output on and adds up its summary lines.
-fn run_tests(
-    mut command: Command,
-    summary: &mut Summary,
-    out: &mut impl Write,
-) -> Result<bool> {
+fn run_tests(mut command: Command, summary: &mut Summary, out: &mut impl Write) -> Result<bool> {
     command.stdout(Stdio::piped());
     let mut child = process::spawn(command, "cargo test")?;
     for line in child.stdout.take().into_iter().flat_map(|pipe| BufReader::new(pipe).lines()) {

@@ -24,12 +24,13 @@ pub mod v2 {
 }
 
 #[cfg(feature = "grpc-client")]
-pub use client::{Channel, ConnectError, connect};
+pub use client::{Channel, ConnectError, Status, connect};
 
 #[cfg(feature = "grpc-client")]
 mod client {
     use hyper_util::rt::TokioIo;
     use tokio::net::UnixStream;
+    pub use tonic::Status;
     use tonic::transport::Endpoint;
     pub use tonic::transport::{Channel, Error as ConnectError};
 

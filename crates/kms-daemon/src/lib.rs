@@ -1,7 +1,8 @@
-//! What both daemons need of their process: log lines, signals and drain, probes and metrics.
+//! What both daemons need of their process: settings, log lines, signals and drain, probes and metrics.
 //!
 //! Nothing here knows of keys, and nothing here reads a clock that was not passed in.
 
 pub mod admin;
 pub mod lifecycle;
+pub mod settings;
 pub mod telemetry;

@@ -198,7 +198,8 @@ impl Keys {
         now: Duration,
     ) -> Result<Adopted, NotAdopted> {
         let name = &asked.crk.name;
-        let key_id = KeyId::new(&name.instance, &name.crk, &new.version).map_err(NotAdopted::KeyId)?;
+        let key_id =
+            KeyId::new(&name.instance, &name.crk, &new.version).map_err(NotAdopted::KeyId)?;
         let changed = self.reported.as_ref() != Some(&key_id);
         let outdated = self.changes != asked.changes || !self.wants(name);
         if changed && (outdated || self.retired.contains(&key_id)) {
@@ -300,10 +301,12 @@ impl Keys {
 
     /// Age and uses of the DEK that seals, for whoever looks at the metrics.
     pub fn age_and_uses(&self, now: Duration) -> (Duration, u64) {
-        self.active.as_ref().filter(|active| active.dek.is_some()).map_or_else(
-            Default::default,
-            |active| (now.saturating_sub(active.confirmed), active.uses),
-        )
+        self.active
+            .as_ref()
+            .filter(|active| active.dek.is_some())
+            .map_or_else(Default::default, |active| {
+                (now.saturating_sub(active.confirmed), active.uses)
+            })
     }
 
     /// True if `version` of `crk` is news: neither reported nor replaced.

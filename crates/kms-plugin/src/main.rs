@@ -1,1 +1,58 @@
-fn main() {}
+//! kmsplugin: reads its configuration and serves, or says what is wrong with it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Parser;
+use kms_daemon::settings::{Environment, Mistakes};
+use kms_plugin::config::Source;
+use kms_plugin::serve;
+
+/// The caller's mistake (sysexits.h, EX_USAGE): starting again changes nothing.
+const BAD_CONFIGURATION: u8 = 64;
+
+/// Encrypts what kube-apiserver stores in etcd, with keys that never leave an HSM.
+#[derive(Debug, Parser)]
+#[command(name = "kmsplugin", version)]
+struct Arguments {
+    /// The configuration file (kmsplugin-config.yaml); without it the environment variable config_file names it.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Says whether the configuration is valid, and ends.
+    #[arg(long)]
+    check_config: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let source = Source::new(arguments.config, environment());
+    if arguments.check_config {
+        return check(&source);
+    }
+    match serve::run(source) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(serve::Failure::Configuration(_)) => ExitCode::from(BAD_CONFIGURATION),
+        Err(serve::Failure::Process(_)) => ExitCode::FAILURE,
+    }
+}
+
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "the answer to --check-config")]
+fn check(source: &Source) -> ExitCode {
+    match serve::check(source) {
+        Ok(()) => {
+            println!("The configuration is valid.");
+            ExitCode::SUCCESS
+        }
+        Err(Mistakes(mistakes)) => {
+            mistakes.iter().for_each(|mistake| eprintln!("{mistake}"));
+            ExitCode::from(BAD_CONFIGURATION)
+        }
+    }
+}
+
+/// Variables that are not UTF-8 cannot be settings of ours.
+fn environment() -> Environment {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}

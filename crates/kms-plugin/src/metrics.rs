@@ -6,6 +6,7 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -84,9 +85,7 @@ impl Metrics {
         code: &'static str,
         took: Duration,
     ) {
-        self.requests
-            .get_or_create(&[("api", api), ("method", method), ("code", code)])
-            .inc();
+        self.requests.get_or_create(&[("api", api), ("method", method), ("code", code)]).inc();
         self.request_seconds
             .get_or_create(&[("api", api), ("method", method)])
             .observe(took.as_secs_f64());
@@ -94,9 +93,7 @@ impl Metrics {
 
     /// One call to the key service; `outcome` as in the help text below.
     pub fn provider_call(&self, operation: &'static str, outcome: &'static str, took: Duration) {
-        self.provider_calls
-            .get_or_create(&[("operation", operation), ("outcome", outcome)])
-            .inc();
+        self.provider_calls.get_or_create(&[("operation", operation), ("outcome", outcome)]).inc();
         self.provider_call_seconds
             .get_or_create(&[("operation", operation)])
             .observe(took.as_secs_f64());
@@ -129,11 +126,15 @@ impl Metrics {
         self.config_reloads.get_or_create(&[("outcome", outcome)]).inc();
     }
 
-    /// Sets what is only known at the moment of a scrape.
-    pub fn observe(&self, now: Snapshot) {
+    /// The OpenMetrics text, with what is only known at the moment of a scrape.
+    pub fn render(&self, registry: &Registry, now: Snapshot) -> String {
         self.dek_cache_entries.set(i64::try_from(now.dek_cache_entries).unwrap_or(i64::MAX));
         self.dek_age_seconds.set(now.dek_age.as_secs_f64());
         self.dek_uses.set(i64::try_from(now.dek_uses).unwrap_or(i64::MAX));
+        let mut text = String::new();
+        // Writing into a String cannot fail.
+        let _ = encode(&mut text, registry);
+        text
     }
 
     fn add_requests(&self, registry: &mut Registry) {
@@ -230,13 +231,6 @@ fn call_buckets() -> Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use prometheus_client::encoding::text::encode;
-
-    fn text(registry: &Registry) -> String {
-        let mut text = String::new();
-        encode(&mut text, registry).unwrap();
-        text
-    }
 
     #[test]
     fn every_metric_is_published_with_its_help_and_region() {
@@ -248,8 +242,8 @@ mod tests {
         metrics.v1_unauthenticated();
         metrics.probe(true);
         metrics.config_reload(false);
-        metrics.observe(Snapshot { dek_cache_entries: 3, dek_uses: 4, ..Snapshot::default() });
-        let text = text(&registry);
+        let now = Snapshot { dek_cache_entries: 3, dek_uses: 4, ..Snapshot::default() };
+        let text = metrics.render(&registry, now);
         for line in [
             r#"kmsplugin_requests_total{region="eu",api="v2",method="Encrypt",code="OK"} 1"#,
             r#"kmsplugin_provider_calls_total{region="eu",operation="wrap",outcome="ok"} 1"#,
@@ -270,7 +264,7 @@ mod tests {
         let metrics = Metrics::register(&mut registry, "");
         metrics.key_id("sha256:old".into());
         metrics.key_id("sha256:new".into());
-        let text = text(&registry);
+        let text = metrics.render(&registry, Snapshot::default());
         assert!(text.contains(r#"kmsplugin_key_id_info{key_id_hash="sha256:new"} 1"#), "{text}");
         assert!(!text.contains("sha256:old"), "{text}");
     }

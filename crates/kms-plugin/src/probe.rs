@@ -38,11 +38,12 @@ pub async fn probe(sealer: &Sealer) -> bool {
     let call = Call { uid: probe_uid(sealer), deadline: DEADLINE };
     let asked = sealer.keys().to_probe();
     let proven = prove(&asked.crk, &call).await;
-    let proven = sealer.learn(&asked.crk, proven).and_then(|new| match sealer.adopt(&asked, &new) {
-        // The key_id changed during this probe: what it found is true, but no news.
-        Ok(_) | Err(NotAdopted::Stale) => Ok(()),
-        Err(error) => Err(error.into()),
-    });
+    let proven =
+        sealer.learn(&asked.crk, proven).and_then(|new| match sealer.adopt(&asked, &new) {
+            // The key_id changed during this probe: what it found is true, but no news.
+            Ok(_) | Err(NotAdopted::Stale) => Ok(()),
+            Err(error) => Err(error.into()),
+        });
     refresh(sealer, &call).await;
     expire(sealer);
     let ready = proven.is_ok();
@@ -105,7 +106,9 @@ fn report(sealer: &Sealer, found: Result<(), SealerError>) {
     }
     match cause {
         None => tracing::info!("The key service wraps and unwraps: ready."),
-        Some(cause) => tracing::warn!("The key service does not wrap and unwrap: not ready: {cause}"),
+        Some(cause) => {
+            tracing::warn!("The key service does not wrap and unwrap: not ready: {cause}")
+        }
     }
 }
 
@@ -114,4 +117,3 @@ fn probe_uid(sealer: &Sealer) -> String {
     let name = sealer.tools().random.bytes().map_or(0, u64::from_be_bytes);
     format!("probe-{name:016x}")
 }
-

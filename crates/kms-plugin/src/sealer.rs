@@ -358,7 +358,8 @@ impl Sealer {
         }
         // The probe decides what is reported as ready; here is reason to ask it again.
         let contradicts = keys.ready().is_ok() != answer.is_ok();
-        if contradicts && keys.wants(&crk.name) && !matches!(answer, Err(SealerError::NotAuthentic)) {
+        if contradicts && keys.wants(&crk.name) && !matches!(answer, Err(SealerError::NotAuthentic))
+        {
             self.probe_wanted.notify_one();
         }
         answer
@@ -374,7 +375,9 @@ impl CrkName {
 impl From<NotAdopted> for SealerError {
     fn from(error: NotAdopted) -> SealerError {
         let text = match error {
-            NotAdopted::Stale => "the key service answers with a key version that was replaced".into(),
+            NotAdopted::Stale => {
+                "the key service answers with a key version that was replaced".into()
+            }
             NotAdopted::KeyId(error) => error.to_string(),
         };
         SealerError::Unavailable { text }

@@ -1,1 +1,18 @@
-//! Placeholder.
+//! The key management service: Key Protect REST v2 and a token service in front of a vault, with a store that knows
+//! which keys exist and an audit log that knows who used them.
+//!
+//! A request goes `http` → `policy` → `ops` → `store`, `kms_hsm::Vault`, `audit`, and back. Root keys are never in this
+//! process, and no answer leaves before its audit record is on disk.
+
+pub mod app;
+pub mod audit;
+pub mod config;
+pub mod http;
+pub mod init;
+pub mod metrics;
+pub mod ops;
+pub mod policy;
+pub mod reconcile;
+pub mod store;
+pub mod tls;
+pub mod token;

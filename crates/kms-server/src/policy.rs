@@ -57,7 +57,7 @@ impl Action {
 }
 
 /// The roles of the cloud service, and those of the on-premises product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     Reader,
     ReaderPlus,
@@ -118,7 +118,8 @@ pub fn permits(role: Role, action: Action) -> bool {
     let administrators = matches!(role, Administrator | ClusterAdministrator);
     match action {
         Action::Wrap | Action::Unwrap | Action::ReadMetadata | Action::ListVersions => {
-            administrators || matches!(role, Reader | ReaderPlus | Writer | Manager | Viewer | Editor)
+            administrators
+                || matches!(role, Reader | ReaderPlus | Writer | Manager | Viewer | Editor)
         }
         Action::CountKeys | Action::ListKeys => {
             administrators
@@ -239,7 +240,8 @@ mod tests {
 
     #[test]
     fn a_right_in_one_instance_is_none_in_another_or_everywhere() {
-        let (mine, other) = (Scope::Instance(Uuid::from_u128(7)), Scope::Instance(Uuid::from_u128(8)));
+        let (mine, other) =
+            (Scope::Instance(Uuid::from_u128(7)), Scope::Instance(Uuid::from_u128(8)));
         let caller = caller(Role::Administrator, mine);
         assert_eq!(allow(&caller, Action::Wrap, mine), Ok(()));
         assert!(allow(&caller, Action::Wrap, other).is_err());

@@ -85,7 +85,8 @@ impl Issuer {
         let expiration = now.saturating_add(u64::from(expires_in));
         let id = random_uuid(vault).await?;
         let claims = Claims::new(&self.url, caller, id, now, expiration);
-        let claims = serde_json::to_vec(&claims).map_err(|e| VaultError::BadInput(e.to_string()))?;
+        let claims =
+            serde_json::to_vec(&claims).map_err(|e| VaultError::BadInput(e.to_string()))?;
         let signed = format!("{}.{}", self.header, BASE64URL.encode(claims));
         let signature = vault.sign(self.key.id, signed.as_bytes()).await?;
         let token = SecretText::new(format!("{signed}.{}", BASE64URL.encode(signature)));
@@ -201,11 +202,7 @@ impl Claims {
             jti: id.to_string(),
             identifier: sub.clone(),
             sub_type: "ServiceId".into(),
-            authn: Authn {
-                sub: sub.clone(),
-                iam_id: iam_id.clone(),
-                sub_type: "ServiceId".into(),
-            },
+            authn: Authn { sub: sub.clone(), iam_id: iam_id.clone(), sub_type: "ServiceId".into() },
             account: Account { valid: true, frozen: false },
             iat: now,
             nbf: now,

@@ -43,7 +43,13 @@ pub enum Error {
     Iam { status: u16, code: String, message: String },
     /// The key service understood and refused. The text is the service's own.
     #[error("{message}")]
-    Refused { status: u16, code: Option<String>, message: String },
+    Refused {
+        status: u16,
+        code: Option<String>,
+        /// The first of its reasons in words, which the text only refers to.
+        reason: Option<String>,
+        message: String,
+    },
     /// Something answered, but not a key service: a proxy, a wrong port, a broken reply.
     #[error("{what} gave an answer that makes no sense: {cause}")]
     BadAnswer { what: String, cause: String },
@@ -82,9 +88,15 @@ impl Error {
         match refusal {
             Some(refusal) => {
                 let message = printable(&refusal.error_msg);
-                let code = refusal.reasons.into_iter().next().map(|reason| printable(&reason.code));
-                let code = code.filter(|code| !code.is_empty()).or_else(|| code_in(&message));
-                Error::Refused { status: status.as_u16(), code, message }
+                let first = refusal.reasons.into_iter().next().unwrap_or_default();
+                let said = |text: &str| Some(printable(text)).filter(|text| !text.is_empty());
+                let code = said(&first.code).or_else(|| code_in(&message));
+                Error::Refused {
+                    status: status.as_u16(),
+                    code,
+                    reason: said(&first.message),
+                    message,
+                }
             }
             None => without_reason(what, status),
         }
@@ -199,13 +211,15 @@ mod tests {
         let with = br#"{"metadata":{},"resources":[{"errorMsg":"Not Found: x (OTHER_ERR)",
             "reasons":[{"code":"KEY_NOT_FOUND_ERR","message":"key does not exist","status":404}]}]}"#;
         let without = br#"{"metadata":{},"resources":[{"errorMsg":"Gone: y (KEY_DELETED_ERR)"}]}"#;
-        let code = |body: &[u8]| match Error::from_key_service("k", StatusCode::GONE, body) {
-            Error::Refused { code, .. } => code,
+        let told = |body: &[u8]| match Error::from_key_service("k", StatusCode::GONE, body) {
+            Error::Refused { code, reason, .. } => (code, reason),
             other => panic!("{other:?}"),
         };
-        assert_eq!(code(with).as_deref(), Some("KEY_NOT_FOUND_ERR"));
-        assert_eq!(code(without).as_deref(), Some("KEY_DELETED_ERR"));
-        assert_eq!(code(br#"{"metadata":{},"resources":[{"errorMsg":"z (see below)"}]}"#), None);
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(told(with), (some("KEY_NOT_FOUND_ERR"), some("key does not exist")));
+        assert_eq!(told(without), (some("KEY_DELETED_ERR"), None));
+        let bare = br#"{"metadata":{},"resources":[{"errorMsg":"z (see below)"}]}"#;
+        assert_eq!(told(bare), (None, None));
     }
 
     #[test]

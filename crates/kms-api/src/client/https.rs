@@ -165,9 +165,11 @@ impl Https {
     }
 
     fn lost(&self, error: &legacy::Error) -> Error {
+        use std::error::Error as _;
         match hyper_cause(error) {
             Some(cause) if cause.is_parse() => self.bad_answer(causes(cause)),
-            _ => self.unreachable(causes(error)),
+            // The outermost text only says which half of the client failed.
+            _ => self.unreachable(error.source().map_or_else(|| error.to_string(), causes)),
         }
     }
 

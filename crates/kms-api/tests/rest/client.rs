@@ -157,7 +157,7 @@ async fn a_refusal_keeps_the_text_and_is_not_repeated() {
     let (server, client) = start(move |_, _| Reply::refusal(404, text)).await;
     let error = wrap(&client, LATE).await.unwrap_err();
     let code = Some("KEY_NOT_FOUND_ERR".to_owned());
-    assert_eq!(error, Error::Refused { status: 404, code, message: text.to_owned() });
+    assert_eq!(error, Error::Refused { status: 404, code, reason: None, message: text.to_owned() });
     assert!(error.is_refusal());
     assert_eq!(asked_of_keys(&server).len(), 1);
 }

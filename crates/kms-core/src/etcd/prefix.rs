@@ -77,8 +77,10 @@ pub fn classify(value: &[u8]) -> Result<StoredValue<'_>, PrefixError> {
     }
     for (prefix, make) in PROVIDERS {
         if let Some(rest) = rest.strip_prefix(prefix) {
-            let (name, body) = splits(rest).next().ok_or(PrefixError::NoName)?;
-            return Ok(make(name, body));
+            return match splits(rest).next() {
+                Some((name, body)) if !name.is_empty() => Ok(make(name, body)),
+                _ => Err(PrefixError::NoName),
+            };
         }
     }
     Err(PrefixError::UnknownProvider)
@@ -88,19 +90,15 @@ pub fn classify(value: &[u8]) -> Result<StoredValue<'_>, PrefixError> {
 /// body fits its own length field: up to 8191 bytes that field begins with a control character,
 /// so that no name reaches beyond it.
 fn split_v1(rest: &[u8]) -> Option<(&str, &[u8])> {
-    splits(rest)
-        .filter(|(_, body)| V1Body::decode(body).is_ok())
-        .last()
-        .or_else(|| splits(rest).next())
+    let named = || splits(rest).filter(|(name, _)| !name.is_empty());
+    named().filter(|(_, body)| V1Body::decode(body).is_ok()).last().or_else(|| named().next())
 }
 
-/// Every way to read `name:body` with a name of text.
+/// Every way to read `name:body` with a name of text, shortest first.
 fn splits(rest: &[u8]) -> impl Iterator<Item = (&str, &[u8])> {
     let text = rest.iter().take(MAX_NAME).take_while(|byte| !byte.is_ascii_control());
-    text.enumerate().filter(|(_, byte)| **byte == b':').filter_map(|(at, _)| {
-        let name = std::str::from_utf8(&rest[..at]).ok()?;
-        (!name.is_empty()).then_some((name, &rest[at + 1..]))
-    })
+    let colons = text.enumerate().filter(|(_, byte)| **byte == b':');
+    colons.map_while(|(at, _)| Some((std::str::from_utf8(&rest[..at]).ok()?, &rest[at + 1..])))
 }
 
 #[cfg(test)]
@@ -144,7 +142,7 @@ mod tests {
         for value in ["k8s:enc:", "k8s:enc:rot13:v1:k:x", "k8s:enc:kms:v3:n:x"] {
             assert_eq!(classify(value.as_bytes()), Err(PrefixError::UnknownProvider));
         }
-        for value in ["k8s:enc:kms:v1:name", "k8s:enc:kms:v2::x", "k8s:enc:aescbc:v1:\x01:x"] {
+        for value in ["k8s:enc:kms:v1:name", "k8s:enc:kms:v2::x:y", "k8s:enc:aescbc:v1:\x01:x"] {
             assert_eq!(classify(value.as_bytes()), Err(PrefixError::NoName), "{value:?}");
         }
         let long = vec![0; MAX_ETCD_VALUE + 1];

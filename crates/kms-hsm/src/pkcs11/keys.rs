@@ -13,6 +13,9 @@ use uuid::Uuid;
 
 use super::error::Fault;
 
+/// The name of the canary key: no UUID that anyone draws at random.
+pub(super) const CANARY: Uuid = Uuid::from_bytes(*b"keelson canary k");
+
 pub(super) const ROOT_KEY_LEN: u64 = 32;
 pub(super) const MAC_KEY_LEN: u64 = 64;
 pub(super) const RSA_BITS: u64 = 2048;
@@ -25,6 +28,9 @@ pub(super) enum Kind {
     Root,
     /// The HMAC key of a CRK version.
     Mac,
+    /// An AES key that protects nothing: its use shows that the token works, and its sight that the
+    /// token still holds what it held.
+    Canary,
     /// The private half of a signing key.
     Signing,
     /// The public half of a signing key.
@@ -49,7 +55,6 @@ impl Kind {
         attributes.extend([
             Attribute::Label(self.label(id).into_bytes()),
             Attribute::Private(self != Self::Verifying),
-            Attribute::Modifiable(false),
             Attribute::Copyable(false),
             Attribute::Derive(false),
         ]);
@@ -57,12 +62,14 @@ impl Kind {
         if self != Self::Verifying {
             attributes.extend([Attribute::Sensitive(true), Attribute::Extractable(false)]);
         }
+        // Last: SoftHSM follows the template in order, and then changes nothing more.
+        attributes.push(Attribute::Modifiable(false));
         attributes
     }
 
     fn class(self) -> (ObjectClass, KeyType) {
         match self {
-            Self::Root => (ObjectClass::SECRET_KEY, KeyType::AES),
+            Self::Root | Self::Canary => (ObjectClass::SECRET_KEY, KeyType::AES),
             Self::Mac => (ObjectClass::SECRET_KEY, KeyType::GENERIC_SECRET),
             Self::Signing => (ObjectClass::PRIVATE_KEY, KeyType::RSA),
             Self::Verifying => (ObjectClass::PUBLIC_KEY, KeyType::RSA),
@@ -73,17 +80,17 @@ impl Kind {
         match self {
             Self::Root => format!("keelson root key {id}"),
             Self::Mac => format!("keelson code key {id}"),
+            Self::Canary => "keelson canary".to_owned(),
             Self::Signing | Self::Verifying => format!("keelson signing key {id}"),
         }
     }
 
     fn uses(self) -> Vec<Attribute> {
-        let root = self == Self::Root;
         let mac = self == Self::Mac;
         match self {
-            Self::Root | Self::Mac => vec![
-                Attribute::Encrypt(root),
-                Attribute::Decrypt(root),
+            Self::Root | Self::Mac | Self::Canary => vec![
+                Attribute::Encrypt(!mac),
+                Attribute::Decrypt(!mac),
                 Attribute::Sign(mac),
                 Attribute::Verify(mac),
                 Attribute::Wrap(false),
@@ -138,19 +145,6 @@ pub(super) fn transport_pair() -> (Vec<Attribute>, Vec<Attribute>) {
         Attribute::Sign(false),
     ];
     (public, private)
-}
-
-/// The throw-away AES key of a canary.
-pub(super) fn canary() -> Vec<Attribute> {
-    vec![
-        Attribute::Token(false),
-        Attribute::Private(true),
-        Attribute::Sensitive(true),
-        Attribute::Extractable(false),
-        Attribute::Encrypt(true),
-        Attribute::Decrypt(true),
-        Attribute::ValueLen(Ulong::from(ROOT_KEY_LEN)),
-    ]
 }
 
 /// Reads back from the token what it says of `object`, and compares it with `wanted`.

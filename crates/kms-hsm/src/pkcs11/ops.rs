@@ -6,7 +6,7 @@
 use crate::pkcs11::error::Fault;
 use crate::pkcs11::keys::{self, Kind};
 use crate::pkcs11::raw::BLOCK;
-use crate::pkcs11::seat::Seat;
+use crate::pkcs11::seat::{Seat, emptied};
 use crate::vault::{RsaPublic, VaultError, Wrapped};
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::rsa::{
@@ -109,7 +109,7 @@ pub(super) fn create(
 /// `NotFound` when there never was.
 pub(super) fn destroy(seat: &Seat, id: Uuid, begun: &mut bool) -> Result<(), Fault> {
     if !*begun && parts(seat, id)?.is_empty() {
-        return Err(VaultError::NotFound.into());
+        return Err(seat.missing());
     }
     *begun = true;
     clear(seat, id)
@@ -148,6 +148,7 @@ pub(super) fn inventory(seat: &Seat) -> Result<Inventory, Fault> {
             found.entry(id).or_default().push((kind, object));
         }
     }
+    found.remove(&keys::CANARY).ok_or_else(emptied)?;
     let mut inventory = Inventory::default();
     for (id, mut parts) in found {
         parts.sort_by_key(|(kind, _)| *kind != Kind::Root);
@@ -162,6 +163,14 @@ pub(super) fn inventory(seat: &Seat) -> Result<Inventory, Fault> {
     Ok(inventory)
 }
 
+/// Makes the canary key if there is none: once in the life of a token.
+pub(super) fn plant_canary(seat: &Seat) -> Result<(), Fault> {
+    if seat.find(&Kind::Canary.search(keys::CANARY))?.is_empty() {
+        generate(seat, keys::CANARY, Kind::Canary, keys::ROOT_KEY_LEN)?;
+    }
+    Ok(())
+}
+
 fn make(seat: &Seat, id: Uuid, origin: &Origin) -> Result<(), Fault> {
     match origin {
         Origin::Token => generate(seat, id, Kind::Root, keys::ROOT_KEY_LEN)?,
@@ -172,8 +181,8 @@ fn make(seat: &Seat, id: Uuid, origin: &Origin) -> Result<(), Fault> {
 
 fn generate(seat: &Seat, id: Uuid, kind: Kind, len: u64) -> Result<(), Fault> {
     let mechanism = match kind {
-        Kind::Root => Mechanism::AesKeyGen,
-        _ => Mechanism::GenericSecretKeyGen,
+        Kind::Mac => Mechanism::GenericSecretKeyGen,
+        _ => Mechanism::AesKeyGen,
     };
     let mut template = kind.template(id);
     template.push(Attribute::ValueLen(Ulong::from(len)));

@@ -9,7 +9,7 @@ use crate::pkcs11::error::{Class, Fault};
 use crate::pkcs11::module::Module;
 use crate::pkcs11::queue::{Call, Job, Phase, Queue, Repair, Undo};
 use crate::pkcs11::seat::{Handles, Seat};
-use crate::pkcs11::{Settings, Token};
+use crate::pkcs11::{Settings, Token, ops};
 use crate::vault::VaultError;
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -18,6 +18,9 @@ use std::time::Duration;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// A token that comes back is found within this time, and sees one login in it.
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long a vault that is dropped waits for the last call to return. Libraries crash in a process
+/// that ends under them.
+const FAREWELL: Duration = Duration::from_secs(10);
 /// Some drivers come back only when they are really unloaded.
 const RELOAD_AFTER: u32 = 10;
 
@@ -109,9 +112,8 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.queue.down(Phase::Closed);
-        let patience = self.shared.settings.patience();
         let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if ended.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
+        if ended.recv_timeout(FAREWELL) == Err(mpsc::RecvTimeoutError::Timeout) {
             tracing::warn!("a call into the PKCS#11 library does not return; it is left behind");
         }
     }
@@ -177,6 +179,9 @@ fn muster(shared: &Arc<Shared>, module: Option<&Arc<Module>>) -> Result<(), Faul
         .map(|session| Seat::new(session, Arc::clone(&handles), Arc::clone(module)))
         .collect();
     if let Some(first) = seats.first() {
+        if shared.token().is_none() {
+            ops::plant_canary(first)?;
+        }
         first.canary()?;
     }
     tracing::info!("HSM {token} is ready, {} sessions", seats.len());

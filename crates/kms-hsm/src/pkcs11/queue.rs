@@ -37,7 +37,8 @@ pub(super) struct Ticket {
 
 /// A job made of a closure.
 pub(super) struct Call<T, F> {
-    work: F,
+    /// Dropped before the answer goes out, with whatever name or turn it has reserved.
+    work: Option<F>,
     undo: Option<Undo>,
     answer: Option<oneshot::Sender<Result<T, VaultError>>>,
     ticket: Arc<Ticket>,
@@ -91,20 +92,27 @@ struct State {
     crew: usize,
 }
 
-impl<T, F> Call<T, F>
-where
-    T: Send + 'static,
-    F: FnMut(&Seat) -> Result<T, Fault> + Send + 'static,
-{
+impl<T, F> Call<T, F> {
     pub(super) fn new(
         work: F,
         undo: Option<Undo>,
     ) -> (Box<Self>, Arc<Ticket>, oneshot::Receiver<Result<T, VaultError>>) {
         let (sender, receiver) = oneshot::channel();
         let ticket = Arc::new(Ticket::default());
-        let call =
-            Self { work, undo, answer: Some(sender), ticket: Arc::clone(&ticket), retries: 0 };
+        let call = Self {
+            work: Some(work),
+            undo,
+            answer: Some(sender),
+            ticket: Arc::clone(&ticket),
+            retries: 0,
+        };
         (Box::new(call), ticket, receiver)
+    }
+
+    /// Answers once; false when nobody takes the answer.
+    fn answer(&mut self, answer: Result<T, VaultError>) -> bool {
+        self.work = None;
+        self.answer.take().is_some_and(|caller| caller.send(answer).is_ok())
     }
 }
 
@@ -114,21 +122,17 @@ where
     F: FnMut(&Seat) -> Result<T, Fault> + Send + 'static,
 {
     fn run(&mut self, seat: &Seat) -> Result<(), Fault> {
-        let value = (self.work)(seat)?;
-        let Some(answer) = self.answer.take() else { return Ok(()) };
-        if answer.send(Ok(value)).is_err()
-            && let Some(undo) = self.undo.take()
-        {
+        let Some(work) = &mut self.work else { return Ok(()) };
+        let value = work(seat)?;
+        let delivered = self.wanted() && self.answer(Ok(value));
+        if !delivered && let Some(undo) = self.undo.take() {
             undo(seat);
         }
         Ok(())
     }
 
     fn fail(&mut self, error: VaultError) {
-        if let Some(answer) = self.answer.take() {
-            // A caller that has left needs no answer.
-            let _ = answer.send(Err(error));
-        }
+        self.answer(Err(error));
     }
 
     fn wanted(&self) -> bool {
@@ -323,5 +327,127 @@ impl std::fmt::Debug for State {
             .field("at_work", &self.at_work.len())
             .field("crew", &self.crew)
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Answer = oneshot::Receiver<Result<(), VaultError>>;
+
+    fn job() -> (Box<dyn Job>, Arc<Ticket>, Answer) {
+        let (call, ticket, answer) = Call::new(|_: &Seat| Ok(()), None);
+        (call, ticket, answer)
+    }
+
+    fn up(capacity: usize, crew: usize) -> Queue {
+        let queue = Queue::new(capacity);
+        queue.up(crew);
+        queue
+    }
+
+    fn lost() -> VaultError {
+        VaultError::Unavailable { cause: "lost".to_owned() }
+    }
+
+    #[test]
+    fn a_full_queue_is_busy_until_a_caller_leaves() {
+        let queue = up(2, 1);
+        let (one, _, first) = job();
+        let (two, _, _second) = job();
+        assert_eq!(queue.submit(one), Ok(()));
+        assert_eq!(queue.submit(two), Ok(()));
+        assert_eq!(queue.submit(job().0), Err(VaultError::Busy));
+        drop(first);
+        let (three, _, _third) = job();
+        assert_eq!(queue.submit(three), Ok(()));
+    }
+
+    #[test]
+    fn a_job_that_nobody_waits_for_is_not_begun() {
+        let queue = up(2, 1);
+        let (left, _, answer) = job();
+        queue.submit(left).unwrap();
+        drop(answer);
+        let (wanted, ticket, _answer) = job();
+        queue.submit(wanted).unwrap();
+        assert!(Arc::ptr_eq(queue.take().unwrap().ticket(), &ticket));
+    }
+
+    #[test]
+    fn a_job_is_tried_again_first_after_a_repair_but_not_for_ever() {
+        let queue = up(2, 1);
+        let (unlucky, ticket, mut answer) = job();
+        let (next, _, _next) = job();
+        queue.submit(unlucky).unwrap();
+        queue.submit(next).unwrap();
+        for _ in 0..RETRIES {
+            let job = queue.take().unwrap();
+            assert!(Arc::ptr_eq(job.ticket(), &ticket));
+            queue.broken(Repair::Sessions, "lost", job);
+            assert!(queue.take().is_none(), "this crew must leave");
+            queue.up(1);
+        }
+        let job = queue.take().unwrap();
+        queue.broken(Repair::Sessions, "lost", job);
+        assert_eq!(answer.try_recv(), Ok(Err(lost())));
+    }
+
+    #[test]
+    fn requests_wait_for_the_first_repair_and_are_refused_during_the_next() {
+        let queue = up(2, 2);
+        let (first, _, _first) = job();
+        queue.submit(first).unwrap();
+        let job_at_work = queue.take().unwrap();
+        queue.broken(Repair::Sessions, "closed", job_at_work);
+        assert_eq!(queue.phase(), Phase::Broken(Repair::Sessions, "closed".to_owned()));
+        let (waiting, _, mut answer) = job();
+        assert_eq!(queue.submit(waiting), Ok(()));
+        queue.down(Phase::Down("lost".to_owned()));
+        assert_eq!(answer.try_recv(), Ok(Err(lost())));
+        assert_eq!(queue.submit(job().0), Err(lost()));
+        queue.down(Phase::Refused("the PIN".to_owned()));
+        assert_eq!(queue.submit(job().0), Err(VaultError::Credential("the PIN".to_owned())));
+    }
+
+    #[test]
+    fn the_deeper_repair_wins() {
+        let queue = up(4, 2);
+        let (one, _, _one) = job();
+        let (two, _, _two) = job();
+        queue.submit(one).unwrap();
+        queue.submit(two).unwrap();
+        let (one, two) = (queue.take().unwrap(), queue.take().unwrap());
+        queue.broken(Repair::Device, "gone", one);
+        queue.broken(Repair::Sessions, "closed", two);
+        assert_eq!(queue.phase(), Phase::Broken(Repair::Device, "gone".to_owned()));
+    }
+
+    #[test]
+    fn a_crew_of_which_every_call_is_overdue_takes_no_more() {
+        let queue = up(4, 2);
+        let (one, first, _one) = job();
+        let (two, second, _two) = job();
+        queue.submit(one).unwrap();
+        queue.submit(two).unwrap();
+        let _running = (queue.take().unwrap(), queue.take().unwrap());
+        first.expire();
+        let (waiting, _, _answer) = job();
+        assert_eq!(queue.submit(waiting), Ok(()), "one worker may still return");
+        second.expire();
+        assert!(matches!(queue.submit(job().0), Err(VaultError::Unavailable { .. })));
+        queue.done(&first);
+        let (served, _, _answer) = job();
+        assert_eq!(queue.submit(served), Ok(()));
+    }
+
+    #[test]
+    fn a_closed_queue_stays_closed() {
+        let queue = up(1, 1);
+        queue.down(Phase::Closed);
+        queue.up(1);
+        assert!(queue.take().is_none());
+        assert!(matches!(queue.submit(job().0), Err(VaultError::Unavailable { .. })));
     }
 }

@@ -91,13 +91,13 @@ fn failed(error: &client::Error, call: &Call, operation: Operation) -> Error {
         client::Error::ApiKeyFile { cause, .. } => {
             Error::Unusable { text: format!("the plug-in's API_KEY_FILE cannot be used: {cause}") }
         }
-        client::Error::Unreachable { cause, .. } => {
-            Error::Unreachable { text: format!("Unavailable: the key service cannot be reached: {cause}") }
-        }
+        client::Error::Unreachable { cause, .. } => Error::Unreachable {
+            text: format!("Unavailable: the key service cannot be reached: {cause}"),
+        },
         client::Error::TimedOut { .. } => Error::TimedOut,
-        client::Error::BadAnswer { cause, .. } => {
-            Error::Unusable { text: format!("Unavailable: the key service gave no usable answer: {cause}") }
-        }
+        client::Error::BadAnswer { cause, .. } => Error::Unusable {
+            text: format!("Unavailable: the key service gave no usable answer: {cause}"),
+        },
     }
 }
 
@@ -109,7 +109,9 @@ fn refused(status: u16, text: &str, operation: Operation) -> Error {
         429 => Error::Overloaded { text: text.to_owned() },
         422 if operation == Operation::Unwrap => Error::NotAuthentic,
         // The instance header is checked before the body: a complaint about it is none about the WDEK.
-        400 if operation == Operation::Unwrap && !text.contains("Instance Header") => Error::NotAuthentic,
+        400 if operation == Operation::Unwrap && !text.contains("Instance Header") => {
+            Error::NotAuthentic
+        }
         400..500 => refusal(Refusal::Request, text),
         _ => Error::Unusable { text: text.to_owned() },
     }
@@ -129,7 +131,7 @@ mod tests {
     }
 
     fn refused_with(status: u16, message: &str) -> client::Error {
-        client::Error::Refused { status, code: None, message: message.into() }
+        client::Error::Refused { status, code: None, reason: None, message: message.into() }
     }
 
     #[test]
@@ -146,7 +148,8 @@ mod tests {
                 text: "BXNIM0415E:Provided API key could not be found".into()
             }
         );
-        let instance = "Bad Request: Request requires valid Instance Header containing a valid UUID";
+        let instance =
+            "Bad Request: Request requires valid Instance Header containing a valid UUID";
         for operation in [Operation::Wrap, Operation::Unwrap] {
             assert_eq!(
                 failed(&refused_with(400, instance), &call(), operation),

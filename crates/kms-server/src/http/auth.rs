@@ -23,7 +23,8 @@ pub(super) async fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, Pro
 /// The instance that the request is about.
 pub(super) fn instance(headers: &HeaderMap) -> Result<Uuid, Problem> {
     let mut named = INSTANCE_HEADERS.iter().flat_map(|name| headers.get_all(*name));
-    let first = named.next().and_then(|value| uuid(value.to_str().ok()?)).ok_or(Error::NoInstance)?;
+    let first =
+        named.next().and_then(|value| uuid(value.to_str().ok()?)).ok_or(Error::NoInstance)?;
     for other in named {
         // Two different ones: whoever checked the one must not be overruled by the other.
         if other.to_str().ok().and_then(uuid) != Some(first) {
@@ -36,7 +37,9 @@ pub(super) fn instance(headers: &HeaderMap) -> Result<Uuid, Problem> {
 /// Key rings are not built; all keys are in the one that always exists.
 pub(super) fn key_ring(headers: &HeaderMap) -> Result<(), Problem> {
     match headers.get("x-kms-key-ring") {
-        Some(ring) if !ring.is_empty() && ring != "default" => Err(Error::NotBuilt("key rings").into()),
+        Some(ring) if !ring.is_empty() && ring != "default" => {
+            Err(Error::NotBuilt("key rings").into())
+        }
         _ => Ok(()),
     }
 }

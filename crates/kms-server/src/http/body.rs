@@ -29,7 +29,11 @@ pub(super) async fn read(request: Request<Incoming>) -> Result<Body, Problem> {
     let mut body = Limited::new(request.into_body(), MAX_BODY);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| {
-            if e.is::<http_body_util::LengthLimitError>() { Problem::TooLarge } else { Problem::Cut }
+            if e.is::<http_body_util::LengthLimitError>() {
+                Problem::TooLarge
+            } else {
+                Problem::Cut
+            }
         })?;
         if let Some(data) = frame.data_ref() {
             bytes.extend_from_slice(data);

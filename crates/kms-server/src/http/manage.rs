@@ -6,14 +6,15 @@ use super::keys::rfc3339;
 use super::problem::Problem;
 use super::{Answer, Asked, auth};
 use crate::app::App;
-use crate::ops::service_ids::NewServiceId;
 use crate::ops::{Call, Error, api_keys, instances, service_ids};
 use crate::policy::{Action, Grant, Role, Scope, iam_id};
 use crate::store;
 use http::StatusCode;
-use kms_api::rest::{ApiKey, ApiKeys, Instance, Instances, NewApiKey, NewInstance};
+use kms_api::rest::{
+    ApiKey, ApiKeys, Instance, Instances, NewApiKey, NewInstance, NewServiceId, ServiceId,
+    ServiceIds,
+};
 use kms_core::secret::SecretText;
-use serde::{Deserialize, Serialize};
 use std::ops::RangeInclusive;
 use uuid::Uuid;
 
@@ -44,8 +45,8 @@ pub(super) async fn perform(
             Ok(Answer::json(StatusCode::OK, JSON, &ServiceIds { serviceids }))
         }
         Action::CreateServiceId => {
-            let new: NewServiceIdBody = body.json()?.ok_or(Problem::NoBody)?;
-            let made = service_ids::create_service_id(app, call, new.parse()?).await?;
+            let new: NewServiceId = body.json()?.ok_or(Problem::NoBody)?;
+            let made = service_ids::create_service_id(app, call, grant_of(new)?).await?;
             Ok(Answer::json(StatusCode::CREATED, JSON, &service_id(&made)))
         }
         Action::ListApiKeys => {
@@ -69,46 +70,15 @@ pub(super) async fn perform(
     }
 }
 
-/// As `kms_api::rest::ServiceId`, with every role that this server knows.
-#[derive(Debug, Serialize)]
-struct ServiceId {
-    id: String,
-    iam_id: String,
-    name: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    description: Option<String>,
-    role: Role,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    instance_id: Option<String>,
-    created_at: String,
-}
-
-#[derive(Debug, Serialize)]
-struct ServiceIds {
-    serviceids: Vec<ServiceId>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct NewServiceIdBody {
-    name: String,
-    description: Option<String>,
-    role: String,
-    instance_id: Option<String>,
-}
-
-impl NewServiceIdBody {
-    fn parse(self) -> Result<NewServiceId, Problem> {
-        let role = Role::parse(&self.role).ok_or_else(|| {
-            let names = Role::ALL.map(Role::name).join(", ");
-            Error::Field { name: "role", why: format!("must be one of {names}") }
-        })?;
-        let instance = self.instance_id.as_deref().map(|text| id("instance_id", "", text));
-        let scope = Scope::of(instance.transpose()?);
-        let description = self.description.map(name).transpose()?;
-        let grant = Grant { role, scope };
-        Ok(NewServiceId { name: name(self.name)?, description, grant })
-    }
+fn grant_of(new: NewServiceId) -> Result<service_ids::NewServiceId, Problem> {
+    let role = Role::parse(&new.role).ok_or_else(|| {
+        let names = Role::ALL.map(Role::name).join(", ");
+        Error::Field { name: "role", why: format!("must be one of {names}") }
+    })?;
+    let instance = new.instance_id.as_deref().map(|text| id("instance_id", "", text));
+    let grant = Grant { role, scope: Scope::of(instance.transpose()?) };
+    let description = new.description.map(name).transpose()?;
+    Ok(service_ids::NewServiceId { name: name(new.name)?, description, grant })
 }
 
 fn name(text: String) -> Result<String, Problem> {
@@ -140,7 +110,7 @@ fn service_id(one: &store::ServiceId) -> ServiceId {
         iam_id: iam_id(one.id),
         name: one.name.clone(),
         description: one.description.clone(),
-        role: one.grant.role,
+        role: one.grant.role.name().into(),
         instance_id: one.grant.scope.instance().map(|id| id.to_string()),
         created_at: rfc3339(one.created_at),
     }

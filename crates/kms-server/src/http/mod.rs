@@ -4,7 +4,7 @@
 //! with 404 elsewhere, never with a guess.
 
 mod auth;
-mod body;
+pub mod body;
 mod keys;
 mod manage;
 mod problem;
@@ -15,7 +15,6 @@ use crate::app::App;
 use crate::ops::{self, Call};
 use crate::policy::{Action, Scope};
 use auth::correlation;
-use body::Body;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -254,7 +253,7 @@ fn matched<'p>(template: &str, path: &'p str) -> Option<Option<&'p str>> {
 mod tests {
     use super::*;
 
-    fn action(method: Method, path: &str, query: &str) -> Option<(Action, Option<&str>)> {
+    fn action<'p>(method: Method, path: &'p str, query: &str) -> Option<(Action, Option<&'p str>)> {
         find(KEY_ROUTES, &method, path, &Query::parse(query)).map(|(route, id)| (route.action, id))
     }
 

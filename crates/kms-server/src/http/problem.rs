@@ -24,7 +24,7 @@ const RETRY: HeaderValue = HeaderValue::from_static("2");
 pub(super) enum Problem {
     #[error("no such path")]
     NoSuchPath,
-    #[error("this request is not built into this server")]
+    #[error("not built into this server: this request")]
     NotBuilt,
     #[error("another method is needed here")]
     WrongMethod,
@@ -78,7 +78,7 @@ impl Problem {
             Dialect::KeyProtect(action) => {
                 Answer::json(status, JSON, &self.key_protect(action, status, code))
             }
-            Dialect::Iam => Answer::json(status, JSON, &self.iam(code)),
+            Dialect::Iam => Answer::json(self.iam_status(status), JSON, &self.iam(code)),
         };
         if status == StatusCode::SERVICE_UNAVAILABLE {
             answer.headers.insert(RETRY_AFTER, RETRY);
@@ -117,15 +117,21 @@ impl Problem {
         let refusal = match self {
             // These three are texts that operators search for, and come without a code.
             Problem::Op(Error::NoInstance) => plain(
-                "Bad Request: Request requires valid Instance Header containing a valid UUID".into(),
+                "Bad Request: Request requires valid Instance Header containing a valid UUID"
+                    .into(),
             ),
-            Problem::Op(Error::Denied(_)) => {
-                plain("Unauthorized: The user does not have access to the specified resource".into())
+            Problem::Op(Error::Denied(_)) => plain(
+                "Unauthorized: The user does not have access to the specified resource".into(),
+            ),
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => {
+                plain("Unavailable: Experiencing delays. Please try again in few minutes.".into())
             }
-            _ if status == StatusCode::SERVICE_UNAVAILABLE => plain(
-                "Unavailable: Experiencing delays. Please try again in few minutes.".into(),
-            ),
             Problem::NoToken | Problem::BadToken => plain(format!("{name}: {self}")),
+            // One of IBM's clients shows this text only, so it must say what is missing.
+            _ if status == StatusCode::NOT_IMPLEMENTED => Refusal {
+                error_msg: format!("{name}: {self} ({code})"),
+                reasons: vec![self.reason(status, code)],
+            },
             _ => Refusal {
                 error_msg: format!(
                     "{name}: {}: Please see `reasons` for more details ({code})",
@@ -151,6 +157,11 @@ impl Problem {
             self.to_string()
         };
         Reason { code: code.into(), message, status: status.as_u16(), more_info: None, target }
+    }
+
+    /// The two services disagree about one status: somebody known who has no right.
+    fn iam_status(&self, status: StatusCode) -> StatusCode {
+        if matches!(self, Problem::Op(Error::Denied(_))) { StatusCode::FORBIDDEN } else { status }
     }
 
     fn iam(&self, code: &'static str) -> TokenError {

@@ -16,7 +16,7 @@ impl Query {
 
     /// The first value of `name`.
     pub(super) fn text(&self, name: &str) -> Option<&str> {
-        self.all(name).next()
+        self.0.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
     pub(super) fn flag(&self, name: &'static str) -> Result<Option<bool>, Problem> {

@@ -44,7 +44,9 @@ fn api_key(body: &[u8]) -> Result<SecretText, Problem> {
             "grant_type" if grant.is_none() => grant = Some(value.into_owned()),
             "apikey" if api_key.is_none() => api_key = Some(SecretText::new(value.into_owned())),
             // One member twice: nobody can say which was meant.
-            "grant_type" | "apikey" => return Err(Problem::BadBody(format!("{name} is there twice"))),
+            "grant_type" | "apikey" => {
+                return Err(Problem::BadBody(format!("{name} is there twice")));
+            }
             _ => {}
         }
     }

@@ -61,12 +61,10 @@ pub async fn revoke_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Erro
     call.allow(Action::DeleteApiKey)?;
     let keys = app.store.api_keys().await?;
     let key = keys.iter().find(|key| key.id == id).ok_or(Error::NotFound("API key"))?;
-    covered_service_id(app, call, key.service_id)
-        .await
-        .map_err(|e| match e {
-            Error::NotFound(_) => Error::NotFound("API key"),
-            other => other,
-        })?;
+    covered_service_id(app, call, key.service_id).await.map_err(|e| match e {
+        Error::NotFound(_) => Error::NotFound("API key"),
+        other => other,
+    })?;
     if !app.store.revoke_api_key(id, app.now()).await? {
         return Err(Error::NotFound("API key"));
     }

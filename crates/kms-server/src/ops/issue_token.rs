@@ -16,8 +16,7 @@ pub async fn issue_token(
     correlation: Option<String>,
 ) -> Result<Issued, Error> {
     // Found by hash: how long the search takes says nothing about any API key.
-    let caller =
-        app.store.caller_by_hash(&hash(api_key)).await?.ok_or(Error::UnknownApiKey)?;
+    let caller = app.store.caller_by_hash(&hash(api_key)).await?.ok_or(Error::UnknownApiKey)?;
     let issued = app.issuer.issue(&*app.vault, &caller).await?;
     let record = Record {
         action: "issue_token",

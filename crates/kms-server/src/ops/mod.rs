@@ -55,7 +55,7 @@ pub enum Error {
     PayloadUnwanted,
     #[error("the ciphertext is invalid or corrupted, or the associated data differs")]
     NotAuthentic,
-    #[error("{0} is not built into this server")]
+    #[error("not built into this server: {0}")]
     NotBuilt(&'static str),
     // The caller names something else, or somebody grants them the right.
     #[error(transparent)]

@@ -55,7 +55,7 @@ pub fn recognise(input: &[u8]) -> Result<Stored, InputError> {
 }
 
 /// Base64 in one line or several.
-pub fn decoded_base64(text: &[u8]) -> Option<Vec<u8>> {
+pub(crate) fn decoded_base64(text: &[u8]) -> Option<Vec<u8>> {
     let text: Vec<u8> = text.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
     STANDARD.decode(text).ok()
 }
@@ -285,7 +285,8 @@ mod tests {
             let error = InputError::Dump { line, what };
             assert_eq!(recognise(text.as_bytes()), Err(error), "{text:?}");
         };
-        let row = "00000000  2f 72 65 67 69 73 74 72  79 2f 73 65 63 72 65 74  |/registry/secret|\n";
+        let row =
+            "00000000  2f 72 65 67 69 73 74 72  79 2f 73 65 63 72 65 74  |/registry/secret|\n";
         let gap = "does not continue where the line before ends";
         is(&format!("{row}00000020  73"), 2, gap);
         is(&format!("{row}{row}"), 2, gap);

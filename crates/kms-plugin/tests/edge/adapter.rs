@@ -1,12 +1,14 @@
 //! The adapter against the HTTP/2 stack that the server uses: whatever a client writes, the stack must read the same
 //! headers as without the adapter, the refused authority excepted.
 
+use std::time::Duration;
+
 use http::uri::Authority;
 use kms_plugin::authority::{Adapter, Follower, MAX_BLOCK};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::select;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream};
 
 use crate::wire::{
     DATA, Encoder, Field, Form, Framing, PREFACE, SETTINGS, write_block, write_frame,
@@ -36,7 +38,7 @@ proptest! {
         requests in vec(request(any_authority().boxed()), 1..12),
         chunk in 1..2000_usize,
     ) {
-        let seen = judge(&connection(&requests), chunk, requests.len());
+        let seen = judge(&connection(&requests), chunk, requests.len(), Adapter::new);
         let expected: Vec<Seen> = requests.iter().map(expected).collect();
         prop_assert_eq!(seen, expected);
     }
@@ -83,7 +85,21 @@ fn a_block_that_outgrows_its_frame_goes_on_in_a_continuation() {
     };
     let bytes = connection(std::slice::from_ref(&request));
     assert!(bytes.len() < 16 * 1024 + 100, "the client needs one frame only");
-    assert_eq!(judge(&bytes, 4096, 1), [expected(&request)]);
+    assert_eq!(judge(&bytes, 4096, 1, Adapter::new), [expected(&request)]);
+}
+
+#[test]
+fn without_the_adapter_the_stack_refuses_a_path() {
+    for (authority, served) in [("localhost", 1), ("/run/kms.sock", 0), ("%2Frun%2Fkms.sock", 0)] {
+        let request = Request {
+            resize: None,
+            authority: Some(Field::usual(":authority", authority.as_bytes())),
+            fields: vec![],
+            framing: Framing { end_stream: true, ..Framing::default() },
+        };
+        let bytes = connection(&[request]);
+        assert_eq!(judge(&bytes, 4096, 1, |stream| stream).len(), served, "{authority}");
+    }
 }
 
 #[test]
@@ -114,13 +130,10 @@ fn data_does_not_wait_for_the_rest_of_its_frame() {
 
 #[test]
 fn broken_blocks_and_frames_pass_untouched() {
-    let broken: [(&str, u8, u8, &[u8]); 9] = [
-        ("index 0", 1, 4, &[0x80]),
-        ("index beyond the tables", 1, 4, &[0x80 | 62]),
+    let broken: [(&str, u8, u8, &[u8]); 6] = [
         ("integer without end", 1, 4, &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x00]),
         ("string cut short", 1, 4, &[0x41, 0x05, b'%']),
         ("Huffman code for EOS", 1, 4, &[0x41, 0x84, 0xff, 0xff, 0xff, 0xff]),
-        ("table larger than announced", 1, 4, &[0x3f, 0xe2, 0x1f]),
         ("padding longer than the frame", 1, 4 | 8, &[5, 0x82]),
         ("continuation of nothing", 9, 4, &[0x82]),
         ("promise by a client", 5, 4, &[0, 0, 0, 2, 0x82]),
@@ -169,9 +182,7 @@ fn good_authority() -> impl Strategy<Value = Vec<u8>> {
         .prop_map(|text| text.as_bytes().to_vec())
 }
 
-fn written(
-    field: impl Strategy<Value = (Vec<u8>, Vec<u8>)>,
-) -> impl Strategy<Value = Field> {
+fn written(field: impl Strategy<Value = (Vec<u8>, Vec<u8>)>) -> impl Strategy<Value = Field> {
     let form = select(vec![Form::Indexing, Form::Indexing, Form::Without, Form::Never]);
     (field, form, any::<bool>(), any::<(bool, bool)>()).prop_map(
         |((name, value), form, by_index, huffman)| Field { name, value, form, by_index, huffman },
@@ -236,20 +247,27 @@ fn served(value: &[u8]) -> Vec<u8> {
     value.iter().map(|byte| if harmless(byte) { *byte } else { b'-' }).collect()
 }
 
-/// Sends `bytes` through the adapter into a real HTTP/2 server and reports the first `count` requests that it sees.
-fn judge(bytes: &[u8], chunk: usize, count: usize) -> Vec<Seen> {
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+/// Sends `bytes` through `between` into a real HTTP/2 server and reports the first `count` requests that it sees.
+fn judge<S: AsyncRead + AsyncWrite + Unpin>(
+    bytes: &[u8],
+    chunk: usize,
+    count: usize,
+    between: impl FnOnce(DuplexStream) -> S,
+) -> Vec<Seen> {
+    // Paused time jumps as soon as nobody has anything to do: a request that never comes costs no waiting.
+    let mut runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = runtime.enable_time().start_paused(true).build().unwrap();
     runtime.block_on(async {
         let (client, server) = tokio::io::duplex(chunk);
         let (mut answers, mut requests) = tokio::io::split(client);
         let bytes = bytes.to_vec();
         tokio::spawn(async move { requests.write_all(&bytes).await });
         tokio::spawn(async move { answers.read_to_end(&mut Vec::new()).await });
-        let mut connection =
-            h2::server::handshake(Adapter::new(server)).await.unwrap();
+        let mut connection = h2::server::handshake(between(server)).await.unwrap();
         let mut seen = Vec::new();
         while seen.len() < count {
-            let Some(Ok((request, mut respond))) = connection.accept().await else { break };
+            let next = tokio::time::timeout(Duration::from_secs(1), connection.accept());
+            let Ok(Some(Ok((request, mut respond)))) = next.await else { break };
             respond.send_response(http::Response::new(()), true).unwrap();
             let mut fields: Vec<_> = request
                 .headers()

@@ -1,0 +1,268 @@
+//! What only a real token can show: how keys look from outside the vault, and its limits.
+
+use crate::cases::pattern;
+use crate::token::{LABEL, PIN, SO_PIN, TestToken, eventually, secret};
+use cryptoki::mechanism::Mechanism;
+use cryptoki::object::{
+    Attribute, AttributeInfo, AttributeType, KeyType, ObjectClass, ObjectHandle,
+};
+use cryptoki::session::Session;
+use kms_core::secret::SecretBytes;
+use kms_hsm::pkcs11::{Pkcs11Vault, Settings, TokenChoice, init_token};
+use kms_hsm::{Vault, VaultError};
+use std::path::PathBuf;
+use std::time::Duration;
+use uuid::Uuid;
+
+pub(crate) async fn keys_are_as_strong_as_they_were_ordered(token: TestToken) {
+    let vault = token.open();
+    let (made, brought) = (Uuid::new_v4(), Uuid::new_v4());
+    vault.create_version(made).await.unwrap();
+    vault.import_version(brought, SecretBytes::new(vec![9; 32])).await.unwrap();
+    let session = token.back_door().session();
+    for id in [made, brought] {
+        let flags = |kind| flags(&session, find(&session, id, kind));
+        // Encrypt, Decrypt, Sign, Verify, Wrap, Unwrap, Derive, Token, Private, Sensitive,
+        // Extractable, Modifiable, Copyable
+        let (t, f) = (true, false);
+        assert_eq!(flags(KeyType::AES), [t, t, f, f, f, f, f, t, t, t, f, f, f]);
+        assert_eq!(flags(KeyType::GENERIC_SECRET), [f, f, t, t, f, f, f, t, t, t, f, f, f]);
+    }
+    let local = |id| read(&session, find(&session, id, KeyType::AES), AttributeType::Local);
+    assert_eq!(local(made), Attribute::Local(true));
+    assert_eq!(local(brought), Attribute::Local(false));
+}
+
+pub(crate) async fn key_values_never_come_out(token: TestToken) {
+    let vault = token.open();
+    let id = Uuid::new_v4();
+    vault.create_version(id).await.unwrap();
+    let session = token.back_door().session();
+    let thief = [
+        Attribute::Token(false),
+        Attribute::ValueLen(32.into()),
+        Attribute::Wrap(true),
+        Attribute::Encrypt(true),
+    ];
+    let thief = session.generate_key(&Mechanism::AesKeyGen, &thief).unwrap();
+    for kind in [KeyType::AES, KeyType::GENERIC_SECRET] {
+        let key = find(&session, id, kind);
+        let info = session.get_attribute_info(key, &[AttributeType::Value]).unwrap();
+        assert!(matches!(info[..], [AttributeInfo::Sensitive]), "{info:?}");
+        assert!(session.wrap_key(&Mechanism::AesKeyWrap, thief, key).is_err());
+        assert!(session.copy_object(key, &[Attribute::Extractable(true)]).is_err());
+        for change in [
+            Attribute::Extractable(true),
+            Attribute::Sensitive(false),
+            Attribute::Wrap(true),
+            Attribute::Label(b"another".to_vec()),
+        ] {
+            assert!(session.update_attributes(key, std::slice::from_ref(&change)).is_err());
+        }
+    }
+    assert!(vault.probe().await.is_ok());
+}
+
+pub(crate) async fn half_a_version_is_reported_and_not_used(token: TestToken) {
+    let vault = token.open();
+    let (whole, half) = (Uuid::new_v4(), Uuid::new_v4());
+    vault.create_version(whole).await.unwrap();
+    plant(&token.back_door().session(), half);
+    assert_eq!(vault.versions().await, Ok(vec![whole]));
+    assert_eq!(vault.incomplete().await, Ok(vec![half]));
+    assert_eq!(vault.wrap(half, b"c", pattern(32)).await, Err(VaultError::NotFound));
+    assert_eq!(vault.create_version(half).await, Err(VaultError::Exists));
+    assert_eq!(vault.destroy_version(half).await, Ok(()));
+    assert_eq!(vault.incomplete().await, Ok(vec![]));
+    assert_eq!(vault.versions().await, Ok(vec![whole]));
+}
+
+pub(crate) async fn two_objects_of_one_name_are_refused(token: TestToken) {
+    let vault = token.open();
+    let id = Uuid::new_v4();
+    vault.create_version(id).await.unwrap();
+    plant(&token.back_door().session(), id);
+    let refused = vault.wrap(id, b"c", pattern(32)).await;
+    assert!(matches!(refused, Err(VaultError::Policy(_))), "{refused:?}");
+    assert_eq!(vault.incomplete().await, Ok(vec![id]));
+}
+
+pub(crate) async fn an_existing_token_is_not_initialised_again(token: TestToken) {
+    let again = init_token(&token.library, LABEL, &secret(SO_PIN), &secret(PIN));
+    assert_eq!(again, Err(VaultError::Exists));
+    let other = init_token(&token.library, "another", &secret(SO_PIN), &secret(PIN)).unwrap();
+    assert_eq!(other.label, "another");
+    assert_ne!(other.serial, token.identity.serial);
+    for label in [String::new(), "x".repeat(33)] {
+        let refused = init_token(&token.library, &label, &secret(SO_PIN), &secret(PIN));
+        assert!(matches!(refused, Err(VaultError::BadInput(_))));
+    }
+    assert_eq!(token.open().probe().await, Ok(()));
+}
+
+pub(crate) async fn a_token_is_found_by_label_serial_and_slot(token: TestToken) {
+    let known = token.open().token().unwrap();
+    assert_eq!(known.serial, token.identity.serial);
+    for choice in [
+        TokenChoice::Label(LABEL.to_owned()),
+        TokenChoice::Serial(known.serial.clone()),
+        TokenChoice::Slot(known.slot),
+    ] {
+        let settings = Settings { token: choice, ..token.settings() };
+        let vault = Pkcs11Vault::open(settings).unwrap();
+        assert_eq!(vault.token(), Some(known.clone()));
+        assert_eq!(vault.probe().await, Ok(()));
+    }
+    let choice = TokenChoice::Label("absent".to_owned());
+    let vault = Pkcs11Vault::open(Settings { token: choice, ..token.settings() }).unwrap();
+    let cause = "no token with label \"absent\"".to_owned();
+    assert_eq!(vault.probe().await, Err(VaultError::Unavailable { cause }));
+    assert_eq!(vault.token(), None);
+}
+
+pub(crate) async fn settings_that_cannot_work_are_refused(token: TestToken) {
+    let absent = Settings { library: PathBuf::from("/absent.so"), ..token.settings() };
+    let Err(VaultError::Unavailable { cause }) = Pkcs11Vault::open(absent) else {
+        panic!("a library that is not there was loaded")
+    };
+    assert!(cause.starts_with("/absent.so: "), "{cause}");
+    for settings in
+        [Settings { sessions: 0, ..token.settings() }, Settings { queue: 0, ..token.settings() }]
+    {
+        assert!(matches!(Pkcs11Vault::open(settings), Err(VaultError::BadInput(_))));
+    }
+}
+
+pub(crate) async fn a_full_queue_says_busy(token: TestToken) {
+    let settings = Settings { sessions: 1, queue: 2, ..token.settings() };
+    let vault = Pkcs11Vault::open(settings).unwrap();
+    let id = Uuid::new_v4();
+    vault.create_version(id).await.unwrap();
+    // An RSA key pair keeps the only session busy for longer than it takes to ask 64 times.
+    let slow = vault.signing_key(Uuid::new_v4());
+    let asks = (0..64).map(|_| vault.wrap(id, b"c", pattern(32)));
+    let answers = async {
+        let mut asked = Vec::new();
+        for ask in asks {
+            asked.push(Box::pin(ask));
+        }
+        poll_all(asked).await
+    };
+    let (slow, answers) = tokio::join!(biased; slow, answers);
+    assert!(slow.is_ok());
+    let busy = answers.iter().filter(|answer| **answer == Err(VaultError::Busy)).count();
+    let served = answers.iter().filter(|answer| answer.is_ok()).count();
+    assert_eq!(busy + served, 64, "{answers:?}");
+    assert!(busy >= 61, "only {busy} were refused");
+    assert!(served >= 1, "nobody was served");
+}
+
+pub(crate) async fn a_call_that_does_not_return_is_not_waited_for(token: TestToken) {
+    // Making an RSA key pair stands for the call that hangs.
+    let hasty = Settings { sessions: 1, deadline: Duration::from_millis(2), ..token.settings() };
+    let vault = Pkcs11Vault::open(hasty).unwrap();
+    eventually("the only session is stuck and the vault says so at once", async || {
+        let late = vault.signing_key(Uuid::new_v4()).await;
+        let next = vault.random(16).await.map(|_| ());
+        let cause = "no call into the PKCS#11 library returns".to_owned();
+        late == Err(VaultError::TimedOut) && next == Err(VaultError::Unavailable { cause })
+    })
+    .await;
+    eventually("the call has returned", async || vault.random(16).await.is_ok()).await;
+}
+
+pub(crate) async fn a_creation_that_nobody_waits_for_leaves_nothing(token: TestToken) {
+    let vault = Pkcs11Vault::open(Settings { sessions: 1, ..token.settings() }).unwrap();
+    let mut made = Vec::new();
+    for millis in 0..20 {
+        let id = Uuid::new_v4();
+        let creation = vault.create_version(id);
+        if tokio::time::timeout(Duration::from_millis(millis), creation).await.is_ok() {
+            made.push(id);
+        }
+    }
+    made.sort();
+    // One session: this list is read after whatever was begun has ended.
+    assert_eq!(vault.versions().await, Ok(made));
+    assert_eq!(vault.incomplete().await, Ok(vec![]));
+}
+
+/// What a crash between the two objects leaves.
+fn plant(session: &Session, id: Uuid) {
+    let template = [
+        Attribute::Token(true),
+        Attribute::Id(id.as_bytes().to_vec()),
+        Attribute::ValueLen(32.into()),
+        Attribute::Encrypt(true),
+    ];
+    session.generate_key(&Mechanism::AesKeyGen, &template).unwrap();
+}
+
+fn find(session: &Session, id: Uuid, kind: KeyType) -> ObjectHandle {
+    let search = [
+        Attribute::Class(ObjectClass::SECRET_KEY),
+        Attribute::KeyType(kind),
+        Attribute::Id(id.as_bytes().to_vec()),
+    ];
+    let found = session.find_objects(&search).unwrap();
+    assert_eq!(found.len(), 1);
+    found[0]
+}
+
+fn read(session: &Session, key: ObjectHandle, kind: AttributeType) -> Attribute {
+    session.get_attributes(key, &[kind]).unwrap().remove(0)
+}
+
+fn flags(session: &Session, key: ObjectHandle) -> [bool; 13] {
+    [
+        AttributeType::Encrypt,
+        AttributeType::Decrypt,
+        AttributeType::Sign,
+        AttributeType::Verify,
+        AttributeType::Wrap,
+        AttributeType::Unwrap,
+        AttributeType::Derive,
+        AttributeType::Token,
+        AttributeType::Private,
+        AttributeType::Sensitive,
+        AttributeType::Extractable,
+        AttributeType::Modifiable,
+        AttributeType::Copyable,
+    ]
+    .map(|kind| match read(session, key, kind) {
+        Attribute::Encrypt(flag)
+        | Attribute::Decrypt(flag)
+        | Attribute::Sign(flag)
+        | Attribute::Verify(flag)
+        | Attribute::Wrap(flag)
+        | Attribute::Unwrap(flag)
+        | Attribute::Derive(flag)
+        | Attribute::Token(flag)
+        | Attribute::Private(flag)
+        | Attribute::Sensitive(flag)
+        | Attribute::Extractable(flag)
+        | Attribute::Modifiable(flag)
+        | Attribute::Copyable(flag) => flag,
+        other => panic!("{other:?}"),
+    })
+}
+
+/// Polls every future once before it waits for any.
+async fn poll_all<F: Future + Unpin>(mut futures: Vec<F>) -> Vec<F::Output> {
+    let mut outputs: Vec<Option<F::Output>> = futures.iter().map(|_| None).collect();
+    std::future::poll_fn(|context| {
+        let mut waiting = false;
+        for (future, output) in futures.iter_mut().zip(&mut outputs) {
+            if output.is_some() {
+                continue;
+            }
+            match std::pin::Pin::new(future).poll(context) {
+                std::task::Poll::Ready(value) => *output = Some(value),
+                std::task::Poll::Pending => waiting = true,
+            }
+        }
+        if waiting { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+    })
+    .await;
+    outputs.into_iter().flatten().collect()
+}

@@ -1,0 +1,227 @@
+//! The file: every section, name, default and rule. `docs` and `deploy/static-pod` show it; a test holds them to it.
+
+use std::collections::BTreeSet;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kms_api::token::ApiKeySource;
+use kms_core::cipher::v1;
+use kms_core::key_id::KeyId;
+use kms_core::secret::SecretText;
+use kms_daemon::settings::{Mistakes, Section, Settings};
+use kms_daemon::telemetry::{self, LogLevel};
+
+use super::{Config, Health, KpConfig, Server, Socket, StatusVersion};
+use crate::keys::Policy;
+use crate::provider::guard::Patience;
+use crate::socket::{AddressError, SocketAddress};
+
+const YEAR_IN_HOURS: u64 = 8760;
+
+/// Reads all sections.
+///
+/// # Errors
+/// Every mistake at once.
+pub(super) fn config(mut settings: Settings) -> Result<Config, Mistakes> {
+    let server = settings.section("SERVER_CONFIG", server_config);
+    let current = settings.section("KP_CONFIG", |section| kp_config(section, Some(1)));
+    let previous = settings.sections("KP_CONFIG_PREVIOUS", |section| kp_config(section, None));
+    let logger = settings.section("LOGGER", logger);
+    check_versions(&mut settings, &current, &previous);
+    let overridden = settings.overridden().to_vec();
+    settings.finish()?;
+    // Without an API key there was a mistake, and finish() has returned it.
+    let server = server.ok_or_else(|| Mistakes(vec!["SERVER_CONFIG.API_KEY is missing".into()]))?;
+    Ok(Config { server, current, previous, logger, overridden })
+}
+
+fn server_config(section: &mut Section<'_>) -> Option<Server> {
+    let server = Server {
+        region: section.text("REGION").unwrap_or_default(),
+        socket: socket(section),
+        health: health(section),
+        restart_delay: seconds(section, "RESTART_DELAY_IN_SECONDS", 0, 30),
+        probe_interval: seconds(section, "PROBE_INTERVAL_IN_SECONDS", 1, 30),
+        token_url: filled_in(section, "TOKEN_URL"),
+        token_ca: section.text("TOKEN_URL_CA_FILE").map(PathBuf::from),
+        patience: patience(section),
+        policy: policy(section),
+        api_key: ApiKeySource::File(PathBuf::new()),
+    };
+    let api_key = api_key(section)?;
+    Some(Server { api_key, ..server })
+}
+
+fn socket(section: &mut Section<'_>) -> Socket {
+    Socket {
+        address: socket_address(section),
+        take_over: section.flag("TAKE_OVER_SOCKET", false),
+        shared_directory: section.flag("ALLOW_SHARED_DIRECTORY", false),
+        allowed_uids: section.numbers("ALLOWED_UIDS"),
+        status_version: section.parsed("KMS_V2_STATUS_VERSION", StatusVersion::V2, |text| {
+            let versions = [StatusVersion::V2, StatusVersion::V2Beta1];
+            let named = versions.into_iter().find(|version| version.as_str() == text);
+            named.ok_or_else(|| "must be v2 or v2beta1".into())
+        }),
+    }
+}
+
+fn socket_address(section: &mut Section<'_>) -> SocketAddress {
+    let text = section.required("UNIX_SOCKET_PATH");
+    text.parse().unwrap_or_else(|error: AddressError| {
+        if !text.is_empty() {
+            section.mistake("UNIX_SOCKET_PATH", &format!("cannot be used: {error}"));
+        }
+        SocketAddress::Abstract(text)
+    })
+}
+
+fn health(section: &mut Section<'_>) -> Health {
+    let path = section.text("HEALTHZ_PATH").unwrap_or_else(|| "/healthz".into());
+    if !path.starts_with('/') || path.ends_with('/') || path.contains(['?', '#', ' ']) {
+        section.mistake("HEALTHZ_PATH", "must be a path such as /healthz");
+    }
+    Health { path, addresses: section.parsed("HEALTHZ_PORT", any_host(20358), addresses) }
+}
+
+fn patience(section: &mut Section<'_>) -> Patience {
+    let timeout = seconds(section, "KP_TIMEOUT", 0, 0);
+    let max_retries = section.number("MAX_RETRIES", 0..=20, 0);
+    Patience {
+        max_retries: u32::try_from(max_retries).unwrap_or(u32::MAX),
+        timeout: Some(timeout).filter(|timeout| !timeout.is_zero()),
+    }
+}
+
+fn policy(section: &mut Section<'_>) -> Policy {
+    let len_bytes = section.number(
+        "NUM_LEN_BYTES",
+        u64::from(*v1::LEN_BYTES.start())..=u64::from(*v1::LEN_BYTES.end()),
+        4,
+    );
+    let capacity = section.number("DEK_CACHE_SIZE", 1..=100_000, 1000);
+    Policy {
+        new_dek: section.flag("NEW_DEK", false),
+        lifetime: hours(section, "CACHE_TIMEOUT_IN_HOURS", 0, 1),
+        max_age: hours(section, "DEK_MAX_AGE_IN_HOURS", 1, 168),
+        // Random nonces allow 2^32 seals under one AES-GCM key.
+        max_uses: section.number("DEK_MAX_USES", 1..=1 << 32, 1_000_000),
+        capacity: usize::try_from(capacity).unwrap_or(usize::MAX),
+        len_bytes: u8::try_from(len_bytes).unwrap_or(u8::MAX),
+        accept_unauthenticated: section.flag("V1_ACCEPT_UNAUTHENTICATED", false),
+    }
+}
+
+fn api_key(section: &mut Section<'_>) -> Option<ApiKeySource> {
+    match (section.text("API_KEY"), section.text("API_KEY_FILE")) {
+        (Some(key), None) if is_placeholder(&key) => {
+            section.mistake("API_KEY", "still holds the placeholder of the example");
+            None
+        }
+        (Some(key), None) => Some(ApiKeySource::Inline(SecretText::new(key))),
+        (None, Some(path)) => Some(api_key_file(section, PathBuf::from(path))),
+        (Some(_), Some(_)) => {
+            section.mistake("API_KEY", "and API_KEY_FILE are both set; only one of them may be");
+            None
+        }
+        (None, None) => {
+            section.mistake("API_KEY", "is missing (or API_KEY_FILE, the file that holds it)");
+            None
+        }
+    }
+}
+
+fn api_key_file(section: &mut Section<'_>, path: PathBuf) -> ApiKeySource {
+    match super::read_file(&path) {
+        Ok(key) if key.trim_ascii().is_empty() => {
+            section.mistake("API_KEY_FILE", "names an empty file")
+        }
+        Ok(_) => {}
+        Err(error) => {
+            section.mistake("API_KEY_FILE", &format!("names a file that cannot be read: {error}"))
+        }
+    }
+    ApiKeySource::File(path)
+}
+
+fn kp_config(section: &mut Section<'_>, default_version: Option<u64>) -> KpConfig {
+    if default_version.is_none() && !section.has("VERSION") {
+        section.mistake("VERSION", "is missing: KMS v1 values name their entry by it");
+    }
+    let version = section.number("VERSION", 0..=u64::from(u32::MAX), default_version.unwrap_or(0));
+    let crk_id = filled_in(section, "CRK_ID");
+    let instance_id = filled_in(section, "INSTANCE_ID");
+    for (name, instance, crk) in [("CRK_ID", "i", &*crk_id), ("INSTANCE_ID", &*instance_id, "c")] {
+        let empty = instance.is_empty() || crk.is_empty();
+        if !empty && KeyId::new(instance, crk, "v").is_err() {
+            section.mistake(name, "must be printable ASCII without '/' and blanks");
+        }
+    }
+    KpConfig {
+        version: i64::try_from(version).unwrap_or(i64::MAX),
+        crk_id,
+        instance_id,
+        url: filled_in(section, "URL"),
+        ca: section.text("KP_CA_FILE").map(PathBuf::from),
+    }
+}
+
+fn check_versions(settings: &mut Settings, current: &KpConfig, previous: &[KpConfig]) {
+    let mut seen = BTreeSet::from([current.version]);
+    for (index, entry) in previous.iter().enumerate() {
+        if !seen.insert(entry.version) {
+            settings.mistake(format!(
+                "KP_CONFIG_PREVIOUS[{index}].VERSION is {}, as another entry's: KMS v1 values name their entry by it, \
+                 so each needs its own",
+                entry.version
+            ));
+        }
+    }
+}
+
+fn logger(section: &mut Section<'_>) -> telemetry::Settings {
+    telemetry::Settings {
+        level: section.parsed("LOG_LEVEL", LogLevel::Info, |text| {
+            let names = || format!("must be one of {}", LogLevel::NAMES.join(", "));
+            LogLevel::parse(text).ok_or_else(names)
+        }),
+        log_all_values: section.flag("LOG_ALL_VALUES", false),
+    }
+}
+
+/// A text that the operator had to write into the example.
+fn filled_in(section: &mut Section<'_>, name: &'static str) -> String {
+    let text = section.required(name);
+    if is_placeholder(&text) {
+        section.mistake(name, "still holds the placeholder of the example");
+    }
+    text
+}
+
+fn is_placeholder(text: &str) -> bool {
+    text.starts_with('<')
+}
+
+fn seconds(section: &mut Section<'_>, name: &'static str, least: u64, default: u64) -> Duration {
+    Duration::from_secs(section.number(name, least..=3600, default))
+}
+
+fn hours(section: &mut Section<'_>, name: &'static str, least: u64, default: u64) -> Duration {
+    Duration::from_secs(3600 * section.number(name, least..=YEAR_IN_HOURS, default))
+}
+
+/// `:20358`, `20358` (on all addresses), `127.0.0.1:20358`, `[::1]:20358`.
+fn addresses(text: &str) -> Result<Vec<SocketAddr>, String> {
+    if let Ok(port) = text.strip_prefix(':').unwrap_or(text).parse() {
+        return Ok(any_host(port));
+    }
+    let address =
+        text.parse().map_err(|_| "must be a port such as :20358, or an IP address and a port");
+    Ok(vec![address?])
+}
+
+/// IPv6 takes IPv4 along; a node without IPv6 has the second.
+fn any_host(port: u16) -> Vec<SocketAddr> {
+    vec![(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()]
+}

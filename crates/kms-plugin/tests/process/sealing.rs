@@ -1,0 +1,144 @@
+//! Both APIs over the real socket, what the log shows of them, and how failures of the key service read.
+
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+use crate::plugin::{Plugin, Setup};
+use crate::service::{Service, TOKEN};
+
+const API_KEY: &str = "canary-api-key-93ab";
+const PAYLOAD: &[u8; 32] = b"canary-payload-of-32-bytes-here!";
+
+async fn use_everything(plugin: &Plugin) {
+    let cipher = plugin.encrypt_v1(PAYLOAD).await.unwrap();
+    assert_eq!(plugin.decrypt_v1(&cipher).await.unwrap(), PAYLOAD);
+    let sealed = plugin.encrypt_v2(PAYLOAD).await.unwrap();
+    assert_eq!(plugin.decrypt_v2(&sealed).await.unwrap(), PAYLOAD);
+    let status = plugin.status().await.unwrap();
+    assert_eq!((&*status.version, &*status.healthz), ("v2", "ok"));
+    assert_eq!(status.key_id, sealed.key_id);
+    let mut forged = sealed;
+    forged.key_id.push('9');
+    assert!(plugin.decrypt_v2(&forged).await.is_err());
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_is_ever_logged_whatever_is_set() {
+    let service = Service::start(API_KEY).await;
+    let setup = Setup::for_service(&service)
+        .with("LOG_LEVEL", "debug")
+        .with("LOG_ALL_VALUES", "true")
+        .with("CACHE_TIMEOUT_IN_HOURS", "0");
+    let mut plugin = setup.ready();
+    use_everything(&plugin).await;
+    plugin.terminate();
+    let log = plugin.all_lines().join("\n");
+    let deks = service.deks();
+    let raw_deks: Vec<_> = deks.iter().map(|dek| STANDARD.decode(dek).unwrap()).collect();
+    let mut secrets = vec![API_KEY.to_owned(), TOKEN.to_owned()];
+    secrets.extend(deks);
+    for bytes in raw_deks.iter().map(Vec::as_slice).chain([&PAYLOAD[..]]) {
+        let text = String::from_utf8_lossy(&bytes[8..]).into_owned();
+        secrets.extend([text, hex(bytes), STANDARD.encode(bytes), format!("{bytes:?}")]);
+    }
+    for secret in secrets {
+        assert!(!log.contains(&secret), "{secret} was logged:\n{log}");
+    }
+    let (_, wdek) = log.split_once("wdek=").expect("LOG_ALL_VALUES shows WDEKs");
+    assert!(service.wdeks().iter().any(|known| wdek.starts_with(known)), "{wdek}");
+    assert!(log.contains("key_id=keelson/instance/crk/v1"), "request fields are shown");
+    assert!(log.contains("canary-uid"), "and so are uids");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrapped_values_are_logged_only_when_asked_for() {
+    let service = Service::start(API_KEY).await;
+    let mut plugin = Setup::for_service(&service).with("LOG_LEVEL", "debug").ready();
+    use_everything(&plugin).await;
+    plugin.terminate();
+    let log = plugin.all_lines().join("\n");
+    assert!(service.wdeks().iter().all(|wdek| !log.contains(wdek)), "{log}");
+    assert!(log.contains(r#""level":"debug""#), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_info_requests_leave_no_line() {
+    let service = Service::start(API_KEY).await;
+    let mut plugin = Setup::for_service(&service).ready();
+    let cipher = plugin.encrypt_v1(PAYLOAD).await.unwrap();
+    plugin.decrypt_v1(&cipher).await.unwrap();
+    plugin.terminate();
+    let log = plugin.all_lines().join("\n");
+    assert!(!log.contains(r#""level":"debug""#) && !log.contains("Encrypt"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubernetes_1_28_gets_the_version_it_wants() {
+    let service = Service::start(API_KEY).await;
+    let setup = Setup::for_service(&service).with("KMS_V2_STATUS_VERSION", "v2beta1");
+    assert_eq!(setup.ready().status().await.unwrap().version, "v2beta1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_api_key_and_a_wrong_crk_read_as_operators_know_them() {
+    let service = Service::start("another").await;
+    let plugin = Setup::for_service(&service).serving();
+    plugin.line("not ready");
+    for error in [
+        plugin.encrypt_v1(b"ping").await.unwrap_err(),
+        plugin.encrypt_v2(PAYLOAD).await.unwrap_err(),
+        plugin.status().await.unwrap_err(),
+    ] {
+        // What Go prints as `code = Unknown desc = ...`.
+        assert_eq!(i32::from(error.code()), 2);
+        assert_eq!(error.message(), "BXNIM0415E:Provided API key could not be found");
+    }
+    let service = Service::start(API_KEY).await;
+    let plugin = Setup::for_service(&service).with("CRK_ID", "wrong").serving();
+    plugin.line("not ready");
+    let error = plugin.encrypt_v1(b"ping").await.unwrap_err();
+    assert_eq!(i32::from(error.code()), 14, "Unavailable: {error:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_away_or_hangs_is_named_in_time() {
+    let plugin = Setup::new().serving();
+    let error = plugin.encrypt_v1(b"ping").await.unwrap_err();
+    assert_eq!(i32::from(error.code()), 14, "{error:?}");
+    assert!(error.message().starts_with("Unavailable: the key service cannot be reached"), "{error:?}");
+    assert!(!error.message().contains("127.0.0.1"), "no host: {error:?}");
+
+    let service = Service::start(API_KEY).await;
+    service.answers(false);
+    let plugin = Setup::for_service(&service).serving();
+    let started = Instant::now();
+    let error = plugin.encrypt_v1(b"ping").await.unwrap_err();
+    assert_eq!(error.message(), "the key service did not answer in time");
+    assert!(started.elapsed() < Duration::from_secs(3), "{:?}", started.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn values_survive_an_outage_and_the_metrics_tell_of_it() {
+    let service = Service::start(API_KEY).await;
+    let plugin = Setup::for_service(&service).with("REGION", "eu").ready();
+    let sealed = plugin.encrypt_v2(PAYLOAD).await.unwrap();
+    service.answers(false);
+    assert_eq!(plugin.decrypt_v2(&sealed).await.unwrap(), PAYLOAD);
+    assert_eq!(plugin.status().await.unwrap().key_id, sealed.key_id);
+    let (_, metrics) = plugin.health("/metrics").await;
+    let hash = kms_core::key_id::KeyId::parse(&sealed.key_id).unwrap().hash();
+    for line in [
+        r#"kmsplugin_requests_total{region="eu",api="v2",method="Decrypt",code="OK"} 1"#.to_owned(),
+        r#"kmsplugin_provider_calls_total{region="eu",operation="wrap",outcome="ok"} 1"#.to_owned(),
+        r#"kmsplugin_dek_uses{region="eu"} 1"#.to_owned(),
+        format!(r#"kmsplugin_key_id_info{{region="eu",key_id_hash="{hash}"}} 1"#),
+    ] {
+        assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    }
+}

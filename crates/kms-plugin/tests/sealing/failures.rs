@@ -1,0 +1,292 @@
+//! What an outage, a refusal and a hanging service do: to callers, to the DEKs that are held, and to Status.
+
+use std::time::Duration;
+
+use kms_plugin::keys::Policy;
+use kms_plugin::probe::{self, probe};
+use kms_plugin::provider::Error;
+use kms_plugin::provider::guard::Patience;
+use kms_plugin::sealer::{Refusal, SealerError};
+use tokio::time::Instant;
+
+use crate::double::{
+    HOUR, MINUTE, Mood, World, call, open_v1, open_v2, payload, policy, refused, reported, seal_v1,
+    seal_v2,
+};
+
+#[tokio::test]
+async fn max_retries_counts_attempts_beyond_the_first_and_only_for_lost_connections() {
+    tokio::time::pause();
+    for (mood, max_retries, attempts) in [
+        (Mood::Unreachable, 0, 1),
+        (Mood::Unreachable, 3, 4),
+        (refused(Refusal::Access, "no"), 3, 1),
+        (Mood::Fails(Error::Unusable { text: "502".into() }), 3, 1),
+        (Mood::Hangs, 3, 1),
+    ] {
+        let world =
+            World { patience: Patience { max_retries, timeout: None }, ..World::new(policy()) };
+        world.kms.set(mood.clone());
+        assert!(seal_v1(&world.start(), b"x").await.is_err());
+        assert_eq!(world.kms.asked().0, attempts, "{mood:?}");
+    }
+}
+
+#[tokio::test]
+async fn retries_stay_inside_the_deadline_and_say_why_they_failed() {
+    tokio::time::pause();
+    let patience = Patience { max_retries: 20, timeout: None };
+    let world = World { patience, ..World::new(policy()) };
+    world.kms.set(Mood::Unreachable);
+    let started = Instant::now();
+    let error = seal_v1(&world.start(), b"x").await.unwrap_err();
+    assert_eq!(error, SealerError::Unavailable { text: "connection refused".into() });
+    assert!(started.elapsed() < Duration::from_millis(2600), "{:?}", started.elapsed());
+    assert!(world.kms.asked().0 > 3, "it did try again");
+}
+
+#[tokio::test]
+async fn a_service_that_hangs_is_given_up_before_the_caller_gives_up() {
+    tokio::time::pause();
+    let world = World::new(policy());
+    world.kms.set(Mood::Hangs);
+    let started = Instant::now();
+    assert_eq!(seal_v1(&world.start(), b"x").await, Err(SealerError::TimedOut));
+    assert_eq!(started.elapsed().as_millis() / 100, 25);
+
+    let patience = Patience { max_retries: 0, timeout: Some(Duration::from_secs(1)) };
+    let world = World { patience, ..World::new(policy()) };
+    world.kms.set(Mood::Hangs);
+    let started = Instant::now();
+    assert_eq!(seal_v1(&world.start(), b"x").await, Err(SealerError::TimedOut));
+    assert_eq!(started.elapsed().as_millis() / 100, 10, "KP_TIMEOUT");
+}
+
+#[tokio::test]
+async fn hanging_calls_do_not_pile_up() {
+    tokio::time::pause();
+    let world = World::new(Policy { new_dek: true, ..policy() });
+    let sealer = world.start();
+    world.kms.set(Mood::Hangs);
+    for _ in 0..3 {
+        assert!(seal_v1(&sealer, b"x").await.is_err());
+    }
+    let started = Instant::now();
+    for _ in 0..100 {
+        assert_eq!(seal_v1(&sealer, b"x").await, Err(SealerError::TimedOut), "the known cause");
+    }
+    assert_eq!((started.elapsed(), world.kms.asked().0), (Duration::ZERO, 3));
+    // After a rest one caller goes and sees; when it comes back with an answer all may go again.
+    world.clock.advance(Duration::from_secs(1));
+    world.kms.set(Mood::Up);
+    seal_v1(&sealer, b"x").await.unwrap();
+    seal_v1(&sealer, b"x").await.unwrap();
+    assert_eq!(world.kms.asked().0, 5);
+}
+
+#[tokio::test]
+async fn while_the_service_is_down_one_caller_at_a_time_goes_and_sees() {
+    tokio::time::pause();
+    let world = World::new(Policy { new_dek: true, ..policy() });
+    let sealer = world.start();
+    world.kms.set(Mood::Unreachable);
+    for _ in 0..3 {
+        assert!(seal_v1(&sealer, b"x").await.is_err());
+    }
+    world.clock.advance(Duration::from_secs(1));
+    for _ in 0..10 {
+        assert!(seal_v1(&sealer, b"x").await.is_err());
+    }
+    assert_eq!(world.kms.asked().0, 4);
+}
+
+#[tokio::test]
+async fn an_outage_lets_deks_live_until_they_expire_and_no_longer() {
+    let world = World::new(policy());
+    let sealer = world.started().await;
+    let (sealed, cipher) =
+        (seal_v2(&sealer, b"2").await.unwrap(), seal_v1(&sealer, b"1").await.unwrap());
+    world.kms.set(Mood::Unreachable);
+    assert!(!probe(&sealer).await);
+    world.clock.advance(HOUR - MINUTE);
+    assert!(!probe(&sealer).await);
+    assert_eq!(reported(&sealer), "v1");
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"2");
+    assert_eq!(open_v1(&sealer, &cipher).await.unwrap(), b"1");
+    seal_v2(&sealer, b"x").await.unwrap();
+
+    world.clock.advance(MINUTE);
+    let text = "connection refused";
+    assert_eq!(sealer.status().unwrap_err().to_string(), text);
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap_err().to_string(), text);
+    assert_eq!(seal_v2(&sealer, b"x").await.unwrap_err().to_string(), text);
+    assert!(!probe(&sealer).await);
+    assert_eq!(sealer.snapshot().dek_cache_entries, 0, "wiped, not only unused");
+    assert_eq!(sealer.snapshot().dek_age, Duration::ZERO);
+
+    world.kms.set(Mood::Up);
+    world.clock.advance(MINUTE);
+    assert!(probe(&sealer).await);
+    assert_eq!(reported(&sealer), "v1");
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"2");
+}
+
+#[tokio::test]
+async fn a_refusal_drops_the_deks_at_once() {
+    for (refusal, text) in [
+        (Refusal::Access, "BXNIM0415E:Provided API key could not be found"),
+        (Refusal::NoSuchKey, "Not Found: key does not exist"),
+        (Refusal::KeyState, "Conflict: Key is not in a valid state"),
+    ] {
+        let world = World::new(policy());
+        let sealer = world.started().await;
+        let sealed = seal_v2(&sealer, b"x").await.unwrap();
+        world.kms.set(refused(refusal, text));
+        assert!(!probe(&sealer).await);
+        assert_eq!(sealer.snapshot().dek_cache_entries, 0);
+        let says = SealerError::Refused { refusal, text: text.into() };
+        assert_eq!(sealer.status(), Err(says.clone()));
+        assert_eq!(seal_v1(&sealer, b"x").await, Err(says.clone()));
+        assert_eq!(open_v2(&sealer, &sealed).await, Err(says));
+        // Access is given back: the same key version, so the same key_id.
+        world.kms.set(Mood::Up);
+        assert!(probe(&sealer).await);
+        assert_eq!(sealer.status().unwrap().key_id, sealed.key_id);
+        assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"x");
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_that_a_request_meets_counts_as_well() {
+    let world = World::new(policy());
+    let other = seal_v2(&*world.started().await, b"other").await.unwrap();
+    let sealer = world.started().await;
+    world.kms.set(refused(Refusal::KeyState, "disabled"));
+    assert_eq!(open_v2(&sealer, &other).await.unwrap_err().to_string(), "disabled");
+    assert_eq!(sealer.status().unwrap_err().to_string(), "disabled");
+    assert_eq!(sealer.snapshot().dek_cache_entries, 0);
+}
+
+#[tokio::test]
+async fn a_refused_request_withdraws_nothing() {
+    let world = World::new(policy());
+    let sealer = world.started().await;
+    world.kms.set(refused(Refusal::Request, "Bad Request: no valid UUID"));
+    assert!(!probe(&sealer).await);
+    assert_eq!(reported(&sealer), "v1");
+    seal_v2(&sealer, b"x").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_forged_wdek_costs_nobody_else_anything() {
+    let world = World::new(policy());
+    let stranger = World::new(policy());
+    let forged = {
+        let sealer = stranger.started().await;
+        stranger.kms.rotate();
+        seal_v1(&sealer, b"x").await.unwrap()
+    };
+    let sealer = world.start();
+    let ours = seal_v1(&sealer, b"ours").await.unwrap();
+    let (fresh, entries) = (world.start(), sealer.snapshot().dek_cache_entries);
+    // The fake's WDEK names repeat, so the stranger's is only unknown to a service that has wrapped nothing yet.
+    let unknown = World { kms: crate::double::FakeKms::new(), ..World::new(policy()) };
+    assert_eq!(open_v1(&unknown.start(), &forged).await, Err(SealerError::NotAuthentic));
+    assert_eq!(open_v1(&fresh, &ours).await.unwrap(), b"ours");
+    assert_eq!(sealer.snapshot().dek_cache_entries, entries);
+}
+
+#[tokio::test]
+async fn deks_in_use_are_refreshed_before_anyone_has_to_wait() {
+    let world = World::new(policy());
+    let old = seal_v2(&*world.started().await, b"old").await.unwrap();
+    let sealer = world.started().await;
+    open_v2(&sealer, &old).await.unwrap();
+    for _ in 0..10 {
+        world.clock.advance(10 * MINUTE);
+        open_v2(&sealer, &old).await.unwrap();
+        seal_v2(&sealer, b"x").await.unwrap();
+        assert!(probe(&sealer).await);
+    }
+    // 100 minutes: without the refresh both would have ended after 60. Nobody waits, for nobody can be asked.
+    world.kms.set(Mood::Hangs);
+    open_v2(&sealer, &old).await.unwrap();
+    seal_v2(&sealer, b"x").await.unwrap();
+    assert_eq!(reported(&sealer), "v1");
+}
+
+#[tokio::test]
+async fn status_and_cached_opens_do_not_wait_while_the_service_hangs() {
+    tokio::time::pause();
+    let world = World::new(policy());
+    let unknown = seal_v2(&*world.started().await, b"unknown").await.unwrap();
+    let sealer = world.started().await;
+    let sealed = seal_v2(&sealer, b"known").await.unwrap();
+    world.kms.set(Mood::Hangs);
+    let waiting: Vec<_> = (0..200)
+        .map(|_| {
+            let (sealer, key_id) = (sealer.clone(), unknown.key_id.as_str().to_owned());
+            let ciphertext = unknown.ciphertext.clone();
+            tokio::spawn(async move { sealer.decrypt_v2(&ciphertext, &key_id, call()).await })
+        })
+        .collect();
+    tokio::task::yield_now().await;
+    let started = Instant::now();
+    assert_eq!(reported(&sealer), "v1");
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"known");
+    seal_v2(&sealer, b"x").await.unwrap();
+    assert_eq!(started.elapsed(), Duration::ZERO);
+    for waiter in waiting {
+        let error = waiter.await.unwrap().unwrap_err();
+        assert_eq!(error, SealerError::TimedOut);
+    }
+    assert!(started.elapsed() < Duration::from_secs(3));
+}
+
+#[tokio::test]
+async fn a_caller_that_goes_away_leaves_the_others_their_answer() {
+    let world = World::new(policy());
+    let sealed = seal_v2(&world.start(), b"x").await.unwrap();
+    let sealer = world.start();
+    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    *world.kms.gate.lock().unwrap() = Some(gate.clone());
+    let open = || {
+        let (sealer, ciphertext) = (sealer.clone(), sealed.ciphertext.clone());
+        let key_id = sealed.key_id.as_str().to_owned();
+        tokio::spawn(async move { sealer.decrypt_v2(&ciphertext, &key_id, call()).await })
+    };
+    let (first, second) = (open(), open());
+    tokio::task::yield_now().await;
+    first.abort();
+    tokio::task::yield_now().await;
+    gate.add_permits(1);
+    assert_eq!(second.await.unwrap().unwrap().as_slice(), b"x");
+}
+
+#[tokio::test]
+async fn recovery_is_seen_within_seconds_and_without_any_request() {
+    tokio::time::pause();
+    let world = World::new(policy());
+    world.kms.set(Mood::Unreachable);
+    let sealer = world.start();
+    let shutdown = kms_daemon::lifecycle::Shutdown::new();
+    let probes = tokio::spawn(probe::run(sealer.clone(), 30 * MINUTE, shutdown.clone()));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert!(sealer.ready().is_err());
+    world.kms.set(Mood::Up);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    assert_eq!(sealer.ready(), Ok(()));
+    assert_eq!(reported(&sealer), "v1");
+    shutdown.request();
+    probes.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_service_that_unwraps_to_something_else_is_not_ready() {
+    let world = World::new(policy());
+    let sealer = world.started().await;
+    world.kms.set(Mood::Fails(Error::Unusable { text: "nonsense".into() }));
+    assert!(!probe(&sealer).await);
+    assert_eq!(sealer.ready().unwrap_err().to_string(), "nonsense");
+    assert!(sealer.encrypt_v1(payload(b"x"), call()).await.is_ok(), "from memory");
+}

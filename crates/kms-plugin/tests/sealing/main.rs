@@ -1,0 +1,8 @@
+//! The sealer with a key service that can be told how to fail, and a clock that stands still: what each setting
+//! does, what an outage and a refusal do, and that Status and Encrypt agree.
+
+mod double;
+mod failures;
+mod reload;
+mod rotation;
+mod settings;

@@ -1,0 +1,194 @@
+//! `kms-server init`: a token, a database, the first instance, and two service IDs with one API key each.
+//!
+//! It never changes what is there. Where there is a token, it is used as it is; where there is a database with
+//! anything in it, nothing is done.
+
+use crate::audit::{Audit, AuditError, Outcome, Record};
+use crate::config::{Config, Hsm};
+use crate::ops::api_keys::random_api_key;
+use crate::ops::issue_token::hash;
+use crate::policy::{Grant, Role, Scope};
+use crate::store::{
+    ApiKey, ApiKeyHash, FirstContent, Instance, ServiceId, SigningKey, SqliteStore, Store,
+    StoreError,
+};
+use crate::token::random_uuid;
+use kms_core::clock::Clock;
+use kms_core::secret::SecretText;
+use kms_hsm::pkcs11::{self, Pkcs11Vault, TokenChoice};
+use kms_hsm::{Vault, VaultError};
+use serde_json::json;
+use std::sync::Arc;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// What the operator needs to know afterwards, and is told once.
+#[derive(Debug)]
+pub struct Made {
+    pub instance: Uuid,
+    pub admin: Identity,
+    pub viewer: Identity,
+}
+
+#[derive(Debug)]
+pub struct Identity {
+    pub service_id: Uuid,
+    pub api_key: SecretText,
+}
+
+/// Why nothing was initialised.
+#[derive(Debug, thiserror::Error)]
+pub enum InitError {
+    #[error(
+        "{database} is initialised already, and API keys are shown only once. Nothing was changed. Make more API keys \
+         with `kmsctl`, or name another DATABASE_URL"
+    )]
+    Done { database: String },
+    #[error("HSM: {0}")]
+    Vault(#[from] VaultError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+}
+
+/// # Errors
+/// [`InitError`]. What was made in the HSM until then stays there, without a use.
+pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitError> {
+    let store = SqliteStore::open(&config.database, true).await?;
+    if store.signing_key().await?.is_some() {
+        return Err(InitError::Done { database: config.database.display().to_string() });
+    }
+    let audit = Audit::open(&config.audit_file, clock.clone())?;
+    make_token_where_asked(&config.hsm)?;
+    let vault = open_vault(&config.hsm)?;
+    fill(&store, &vault, &audit, clock.wall().into()).await
+}
+
+/// The vault that the configuration names.
+///
+/// # Errors
+/// Library or PIN cannot be used.
+pub fn open_vault(hsm: &Hsm) -> Result<Pkcs11Vault, VaultError> {
+    Pkcs11Vault::open(pkcs11::Settings {
+        library: hsm.library.clone(),
+        token: TokenChoice::Label(hsm.token_label.clone()),
+        pin: hsm.pin.clone(),
+        sessions: hsm.sessions,
+        queue: hsm.queue,
+        deadline: hsm.deadline,
+    })
+}
+
+/// Puts the first content into an empty `store`.
+///
+/// # Errors
+/// `Store` with a conflict when the store is not empty.
+pub async fn fill(
+    store: &dyn Store,
+    vault: &dyn Vault,
+    audit: &Audit,
+    now: OffsetDateTime,
+) -> Result<Made, InitError> {
+    let id = random_uuid(vault).await?;
+    let signing_key = SigningKey { id, public: vault.signing_key(id).await?, created_at: now };
+    let instance =
+        Instance { id: random_uuid(vault).await?, name: "default".into(), created_at: now };
+    let everywhere = Grant { role: Role::ClusterAdministrator, scope: Scope::Everywhere };
+    let here = Grant { role: Role::Viewer, scope: Scope::Instance(instance.id) };
+    let (admin_rows, admin) = identity(vault, "admin", everywhere, now).await?;
+    let (viewer_rows, viewer) = identity(vault, "viewer", here, now).await?;
+    let made = Made { instance: instance.id, admin, viewer };
+    let service_ids = vec![admin_rows, viewer_rows];
+    store.initialise(&FirstContent { instance, signing_key, service_ids }).await?;
+    audit.record(record(made.instance)).await?;
+    Ok(made)
+}
+
+impl Made {
+    /// For programs.
+    #[must_use]
+    pub fn json(&self) -> String {
+        let identity = |one: &Identity| {
+            json!({
+                "service_id": format!("ServiceId-{}", one.service_id),
+                "api_key": one.api_key.expose(),
+            })
+        };
+        json!({
+            "instance_id": self.instance.to_string(),
+            "admin": identity(&self.admin),
+            "viewer": identity(&self.viewer),
+        })
+        .to_string()
+    }
+
+    /// For people.
+    #[must_use]
+    pub fn text(&self) -> String {
+        format!(
+            "Instance      {}\n\
+             Administrator ServiceId-{}\n  API key     {}\n\
+             Viewer        ServiceId-{}\n  API key     {}\n\n\
+             The API keys are not shown again. The plug-in needs the viewer's; keep the administrator's apart from it.",
+            self.instance,
+            self.admin.service_id,
+            self.admin.api_key.expose(),
+            self.viewer.service_id,
+            self.viewer.api_key.expose(),
+        )
+    }
+}
+
+type Rows = (ServiceId, ApiKey, ApiKeyHash);
+
+async fn identity(
+    vault: &dyn Vault,
+    name: &str,
+    grant: Grant,
+    now: OffsetDateTime,
+) -> Result<(Rows, Identity), VaultError> {
+    let service_id = ServiceId {
+        id: random_uuid(vault).await?,
+        name: name.into(),
+        description: None,
+        grant,
+        created_at: now,
+    };
+    let api_key = random_api_key(vault).await?;
+    let named = ApiKey {
+        id: random_uuid(vault).await?,
+        service_id: service_id.id,
+        name: name.into(),
+        created_at: now,
+    };
+    let identity = Identity { service_id: service_id.id, api_key };
+    let hash = hash(&identity.api_key);
+    Ok(((service_id, named, hash), identity))
+}
+
+/// With an SO PIN at hand a missing token is made. One that is there is never initialised again.
+fn make_token_where_asked(hsm: &Hsm) -> Result<(), VaultError> {
+    let Some(so_pin) = &hsm.so_pin else { return Ok(()) };
+    match pkcs11::init_token(&hsm.library, &hsm.token_label, so_pin, &hsm.pin) {
+        Ok(token) => {
+            tracing::info!("Made {token}.");
+            Ok(())
+        }
+        Err(VaultError::Exists) => Ok(()),
+        Err(other) => Err(other),
+    }
+}
+
+fn record(instance: Uuid) -> Record {
+    Record {
+        action: "init",
+        outcome: Outcome::Done,
+        caller: None,
+        api_key: None,
+        instance: Some(instance),
+        key: None,
+        version: None,
+        correlation: None,
+    }
+}

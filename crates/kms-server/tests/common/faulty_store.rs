@@ -1,0 +1,185 @@
+//! A store that fails when told to: before it has done something, or after it has but before anybody hears of it.
+
+use async_trait::async_trait;
+use kms_server::policy::Caller;
+use kms_server::store::{
+    ApiKey, ApiKeyHash, FirstContent, Instance, Key, KnownVersion, NewKey, Page, ServiceId,
+    SigningKey, SqliteStore, Store, StoreError, Version, Wanted,
+};
+use std::sync::{Mutex, PoisonError};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// The steps at which a crash is worth a test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    BeginKey,
+    ActivateKey,
+    BeginVersion,
+    ActivateVersion,
+    DeleteKey,
+    RevokeApiKey,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    Before(Step),
+    After(Step),
+    /// Nothing can be read or written.
+    Away,
+}
+
+#[derive(Debug)]
+pub struct FaultyStore {
+    store: SqliteStore,
+    fault: Mutex<Option<Fault>>,
+}
+
+impl FaultyStore {
+    pub fn new(store: SqliteStore) -> Self {
+        FaultyStore { store, fault: Mutex::new(None) }
+    }
+
+    pub fn set_fault(&self, fault: Option<Fault>) {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = fault;
+    }
+
+    fn reach(&self, fault: Fault) -> Result<(), StoreError> {
+        let now = *self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        if now == Some(fault) || now == Some(Fault::Away) {
+            return Err(StoreError::Unavailable(format!("switched off: {fault:?}")));
+        }
+        Ok(())
+    }
+
+    fn read(&self) -> Result<&SqliteStore, StoreError> {
+        self.reach(Fault::Away)?;
+        Ok(&self.store)
+    }
+
+    async fn step<T>(
+        &self,
+        step: Step,
+        work: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        self.reach(Fault::Before(step))?;
+        let done = work.await?;
+        self.reach(Fault::After(step))?;
+        Ok(done)
+    }
+}
+
+#[async_trait]
+impl Store for FaultyStore {
+    async fn probe(&self) -> Result<(), StoreError> {
+        self.read()?.probe().await
+    }
+
+    async fn initialise(&self, first: &FirstContent) -> Result<(), StoreError> {
+        self.read()?.initialise(first).await
+    }
+
+    async fn signing_key(&self) -> Result<Option<SigningKey>, StoreError> {
+        self.read()?.signing_key().await
+    }
+
+    async fn add_instance(&self, instance: &Instance) -> Result<(), StoreError> {
+        self.read()?.add_instance(instance).await
+    }
+
+    async fn instances(&self) -> Result<Vec<Instance>, StoreError> {
+        self.read()?.instances().await
+    }
+
+    async fn instance_exists(&self, id: Uuid) -> Result<bool, StoreError> {
+        self.read()?.instance_exists(id).await
+    }
+
+    async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError> {
+        self.read()?.add_service_id(service_id).await
+    }
+
+    async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError> {
+        self.read()?.service_ids().await
+    }
+
+    async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError> {
+        self.read()?.service_id(id).await
+    }
+
+    async fn add_api_key(&self, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError> {
+        self.read()?.add_api_key(key, hash).await
+    }
+
+    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+        self.read()?.api_keys().await
+    }
+
+    async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError> {
+        self.step(Step::RevokeApiKey, self.store.revoke_api_key(id, at)).await
+    }
+
+    async fn caller_by_hash(&self, hash: &ApiKeyHash) -> Result<Option<Caller>, StoreError> {
+        self.read()?.caller_by_hash(hash).await
+    }
+
+    async fn caller(&self, service_id: Uuid, api_key: Uuid) -> Result<Option<Caller>, StoreError> {
+        self.read()?.caller(service_id, api_key).await
+    }
+
+    async fn begin_key(&self, key: &NewKey) -> Result<(), StoreError> {
+        self.step(Step::BeginKey, self.store.begin_key(key)).await
+    }
+
+    async fn activate_key(&self, key: Uuid, version: Uuid) -> Result<(), StoreError> {
+        self.step(Step::ActivateKey, self.store.activate_key(key, version)).await
+    }
+
+    async fn begin_version(&self, key: Uuid, version: &Version) -> Result<(), StoreError> {
+        self.step(Step::BeginVersion, self.store.begin_version(key, version)).await
+    }
+
+    async fn activate_version(
+        &self,
+        key: Uuid,
+        version: Uuid,
+        at: OffsetDateTime,
+    ) -> Result<(), StoreError> {
+        self.step(Step::ActivateVersion, self.store.activate_version(key, version, at)).await
+    }
+
+    async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError> {
+        self.read()?.key(instance, id).await
+    }
+
+    async fn keys(
+        &self,
+        instance: Uuid,
+        wanted: &Wanted,
+        page: Page,
+    ) -> Result<Vec<Key>, StoreError> {
+        self.read()?.keys(instance, wanted, page).await
+    }
+
+    async fn count_keys(&self, instance: Uuid, wanted: &Wanted) -> Result<u64, StoreError> {
+        self.read()?.count_keys(instance, wanted).await
+    }
+
+    async fn versions(&self, instance: Uuid, key: Uuid) -> Result<Vec<Version>, StoreError> {
+        self.read()?.versions(instance, key).await
+    }
+
+    async fn delete_key(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        at: OffsetDateTime,
+        by: &str,
+    ) -> Result<bool, StoreError> {
+        self.step(Step::DeleteKey, self.store.delete_key(instance, id, at, by)).await
+    }
+
+    async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError> {
+        self.read()?.known_versions().await
+    }
+}

@@ -1,0 +1,284 @@
+//! The whole server over real sockets: TLS, three listeners, SQLite in a fresh directory, a vault in memory, and a
+//! clock that moves only when told to.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::allow_attributes,
+    reason = "every test binary uses its own part of this harness"
+)]
+
+pub mod faulty_store;
+pub mod http;
+
+use faulty_store::FaultyStore;
+use http::Answer;
+use kms_core::clock::{Clock, ManualClock};
+use kms_core::secret::SecretText;
+use kms_core::wdek::WdekVersion;
+use kms_daemon::lifecycle::Shutdown;
+use kms_hsm::memory::MemoryVault;
+use kms_server::app::{self, App, Health, Listeners, Settings};
+use kms_server::audit::Audit;
+use kms_server::init::{Made, fill};
+use kms_server::metrics::Metrics;
+use kms_server::ops::issue_token::hash;
+use kms_server::policy::{Caller, Grant, Role, Scope};
+use kms_server::store::{ApiKey, Instance, ServiceId, SqliteStore, Store};
+use kms_server::tls;
+use kms_server::token::{Issuer, random_uuid};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer as Signer, KeyPair};
+use serde_json::{Value, json};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+use tempfile::TempDir;
+use tokio::net::TcpListener;
+use uuid::Uuid;
+
+pub const ISSUER: &str = "https://tokens.test/identity";
+
+/// A running server, stopped when dropped.
+pub struct Server {
+    pub app: Arc<App>,
+    pub keys: SocketAddr,
+    pub tokens: SocketAddr,
+    pub health: SocketAddr,
+    pub made: Made,
+    pub clock: Arc<ManualClock>,
+    pub vault: Arc<MemoryVault>,
+    pub store: Arc<FaultyStore>,
+    pub dir: Arc<TempDir>,
+    shutdown: Shutdown,
+}
+
+impl Server {
+    pub async fn start() -> Server {
+        Server::start_with(Settings {
+            wdek_version: WdekVersion::V2_1_0,
+            min_rotation_interval: Duration::ZERO,
+        })
+        .await
+    }
+
+    pub async fn start_with(settings: Settings) -> Server {
+        let dir = Arc::new(TempDir::new().unwrap());
+        make_certificates(dir.path());
+        // Tokens are told apart from real time, certificates are not: start where both agree.
+        let clock =
+            Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
+        let vault = Arc::new(MemoryVault::new());
+        let store = SqliteStore::open(&dir.path().join("kms.db"), true).await.unwrap();
+        let audit = Audit::open(&dir.path().join("audit.log"), clock.clone()).unwrap();
+        let made = fill(&store, &*vault, &audit, clock.wall().into()).await.unwrap();
+        drop(audit);
+        Server::run(dir, clock, vault, store, settings, made).await
+    }
+
+    /// Stops this server as a crash does, and starts another one over the same database and HSM.
+    pub async fn restart(self) -> Server {
+        let Server { app, made, clock, vault, store, dir, shutdown, .. } = &self;
+        shutdown.request();
+        store.set_fault(None);
+        let (dir, clock, vault) = (dir.clone(), clock.clone(), vault.clone());
+        let (settings, made) = (app.settings, clone(made));
+        drop(self);
+        let store = SqliteStore::open(&dir.path().join("kms.db"), false).await.unwrap();
+        Server::run(dir, clock, vault, store, settings, made).await
+    }
+
+    async fn run(
+        dir: Arc<TempDir>,
+        clock: Arc<ManualClock>,
+        vault: Arc<MemoryVault>,
+        store: SqliteStore,
+        settings: Settings,
+        made: Made,
+    ) -> Server {
+        let signing_key = store.signing_key().await.unwrap().unwrap();
+        let store = Arc::new(FaultyStore::new(store));
+        let lifetime = Duration::from_secs(3600);
+        let audit = Audit::open(&dir.path().join("audit.log"), clock.clone()).unwrap();
+        let app = Arc::new(App {
+            vault: vault.clone(),
+            store: store.clone(),
+            audit,
+            issuer: Issuer::new(ISSUER.into(), lifetime, signing_key, clock.clone()),
+            clock: clock.clone(),
+            settings,
+            metrics: Metrics::new(),
+            health: Health::unknown(),
+        });
+        let listeners = Listeners {
+            keys: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            tokens: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+            health: TcpListener::bind("127.0.0.1:0").await.unwrap(),
+        };
+        let [keys, tokens, health] = [&listeners.keys, &listeners.tokens, &listeners.health]
+            .map(|l| l.local_addr().unwrap());
+        let acceptor =
+            tls::acceptor(&dir.path().join("tls.crt"), &dir.path().join("tls.key")).unwrap();
+        let shutdown = Shutdown::new();
+        tokio::spawn(app::serve(app.clone(), listeners, acceptor, shutdown.clone()));
+        Server { app, keys, tokens, health, made, clock, vault, store, dir, shutdown }
+    }
+
+    pub fn ca(&self) -> PathBuf {
+        self.dir.path().join("ca.crt")
+    }
+
+    pub fn instance(&self) -> Uuid {
+        self.made.instance
+    }
+
+    pub async fn admin(&self) -> String {
+        self.token(&self.made.admin.api_key).await
+    }
+
+    pub async fn viewer(&self) -> String {
+        self.token(&self.made.viewer.api_key).await
+    }
+
+    /// A token from the token service.
+    pub async fn token(&self, api_key: &SecretText) -> String {
+        let answer = self.ask_token(api_key.expose()).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.json()["access_token"].as_str().unwrap().to_owned()
+    }
+
+    pub async fn ask_token(&self, api_key: &str) -> Answer {
+        let form = format!(
+            "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={api_key}&response_type=cloud_iam"
+        );
+        let headers = [("content-type", "application/x-www-form-urlencoded")];
+        http::ask(self.tokens, &self.ca(), "POST", "/oidc/token", &headers, &form).await
+    }
+
+    /// A call to the key API, in the server's own instance.
+    pub async fn call(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
+        self.call_in(self.instance(), token, method, path, body).await
+    }
+
+    pub async fn call_in(
+        &self,
+        instance: Uuid,
+        token: &str,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> Answer {
+        let (bearer, instance) = (format!("Bearer {token}"), instance.to_string());
+        let headers = [("authorization", bearer.as_str()), ("icp-instance", instance.as_str())];
+        let path = format!("/api/v2{path}");
+        http::ask(self.keys, &self.ca(), method, &path, &headers, body).await
+    }
+
+    /// A call to the management part of the token service.
+    pub async fn manage(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
+        let bearer = format!("Bearer {token}");
+        let headers = [("authorization", bearer.as_str())];
+        http::ask(self.tokens, &self.ca(), method, path, &headers, body).await
+    }
+
+    /// A new root key.
+    pub async fn create(&self, token: &str, name: &str) -> Value {
+        let answer = self.call(token, "POST", "/keys", &new_key(name)).await;
+        assert_eq!(answer.status, 201, "{answer:?}");
+        answer.json()["resources"][0].clone()
+    }
+
+    pub async fn create_id(&self, token: &str, name: &str) -> String {
+        self.create(token, name).await["id"].as_str().unwrap().to_owned()
+    }
+
+    /// A WDEK and the version that wrapped it.
+    pub async fn wrap(&self, token: &str, key: &str, plaintext: &str) -> (String, String) {
+        let body = json!({ "plaintext": plaintext }).to_string();
+        let answer = self.call(token, "POST", &format!("/keys/{key}/actions/wrap"), &body).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let json = answer.json();
+        (text(&json["ciphertext"]), text(&json["keyVersion"]["id"]))
+    }
+
+    pub async fn unwrap(&self, token: &str, key: &str, ciphertext: &str) -> Answer {
+        let body = json!({ "ciphertext": ciphertext }).to_string();
+        self.call(token, "POST", &format!("/keys/{key}/actions/unwrap"), &body).await
+    }
+
+    pub async fn rotate(&self, token: &str, key: &str) -> Answer {
+        self.call(token, "POST", &format!("/keys/{key}/actions/rotate"), "").await
+    }
+
+    /// A service ID with `role`, and the token of its API key.
+    pub async fn identity(&self, role: Role, scope: Scope) -> (Caller, String) {
+        let id = || async { random_uuid(&*self.vault).await.unwrap() };
+        let (service_id, api_key) = (id().await, id().await);
+        let created_at = self.clock.wall().into();
+        let grant = Grant { role, scope };
+        let name = role.name().to_owned();
+        let owner = ServiceId { id: service_id, name, description: None, grant, created_at };
+        self.store.add_service_id(&owner).await.unwrap();
+        let key = ApiKey { id: api_key, service_id, name: "key".into(), created_at };
+        let text = SecretText::new(api_key.to_string());
+        self.store.add_api_key(&key, &hash(&text)).await.unwrap();
+        let token = self.token(&text).await;
+        (Caller { service_id, api_key, grant }, token)
+    }
+
+    pub async fn other_instance(&self) -> Uuid {
+        let id = random_uuid(&*self.vault).await.unwrap();
+        let created_at = self.clock.wall().into();
+        let instance = Instance { id, name: format!("tenant {id}"), created_at };
+        self.store.add_instance(&instance).await.unwrap();
+        id
+    }
+
+    /// What the audit log holds, as text.
+    pub fn audit(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("audit.log")).unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.shutdown.request();
+    }
+}
+
+pub fn new_key(name: &str) -> String {
+    json!({
+        "metadata": {"collectionType": "application/vnd.ibm.kms.key+json", "collectionTotal": 1},
+        "resources": [{
+            "type": "application/vnd.ibm.kms.key+json", "name": name, "extractable": false,
+        }],
+    })
+    .to_string()
+}
+
+fn make_certificates(dir: &Path) {
+    let ca_key = KeyPair::generate().unwrap();
+    let mut ca = CertificateParams::new(vec![]).unwrap();
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    ca.distinguished_name.push(rcgen::DnType::CommonName, "kms-server test CA");
+    // IBM's Python client checks that a CA may sign.
+    ca.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign];
+    std::fs::write(dir.join("ca.crt"), ca.self_signed(&ca_key).unwrap().pem()).unwrap();
+    let key = KeyPair::generate().unwrap();
+    let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
+    let mut leaf = CertificateParams::new(names).unwrap();
+    leaf.use_authority_key_identifier_extension = true;
+    leaf.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth];
+    let signed = leaf.signed_by(&key, &Signer::new(ca, ca_key)).unwrap();
+    std::fs::write(dir.join("tls.crt"), signed.pem()).unwrap();
+    std::fs::write(dir.join("tls.key"), key.serialize_pem()).unwrap();
+}
+
+fn clone(made: &Made) -> Made {
+    let identity = |one: &kms_server::init::Identity| kms_server::init::Identity {
+        service_id: one.service_id,
+        api_key: one.api_key.clone(),
+    };
+    Made { instance: made.instance, admin: identity(&made.admin), viewer: identity(&made.viewer) }
+}

@@ -1,0 +1,225 @@
+//! Tokens that somebody else made, or that were changed: each is refused, by both listeners, with one answer.
+
+mod common;
+
+use aws_lc_rs::hmac;
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::rsa::{KeyPair, KeySize};
+use aws_lc_rs::signature::RSA_PKCS1_SHA256;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use common::{ISSUER, Server};
+use kms_core::clock::Clock;
+use kms_hsm::Vault;
+use kms_server::store::Store;
+use serde_json::{Value, json};
+use std::time::{Duration, UNIX_EPOCH};
+
+/// The parts of a good token, to be put together anew.
+struct Parts {
+    header: Value,
+    claims: Value,
+    signature: String,
+}
+
+impl Parts {
+    fn of(token: &str) -> Parts {
+        let mut parts = token.split('.');
+        let mut json = || {
+            let part = BASE64URL.decode(parts.next().unwrap()).unwrap();
+            serde_json::from_slice(&part).unwrap()
+        };
+        let (header, claims) = (json(), json());
+        Parts { header, claims, signature: parts.next().unwrap().to_owned() }
+    }
+
+    fn header(&self, changes: Value) -> Value {
+        merge(&self.header, changes)
+    }
+
+    fn claims(&self, changes: Value) -> Value {
+        merge(&self.claims, changes)
+    }
+}
+
+/// `null` removes a member.
+fn merge(into: &Value, changes: Value) -> Value {
+    let mut merged = into.as_object().unwrap().clone();
+    for (name, value) in changes.as_object().unwrap() {
+        if value.is_null() {
+            merged.remove(name);
+        } else {
+            merged.insert(name.clone(), value.clone());
+        }
+    }
+    Value::Object(merged)
+}
+
+fn unsigned(header: &Value, claims: &Value) -> String {
+    let part = |value: &Value| BASE64URL.encode(value.to_string());
+    format!("{}.{}", part(header), part(claims))
+}
+
+/// Signed with the server's own key, as if its HSM had been misused.
+async fn signed(server: &Server, header: &Value, claims: &Value) -> String {
+    let text = unsigned(header, claims);
+    let key = server.store.signing_key().await.unwrap().unwrap();
+    let signature = server.vault.sign(key.id, text.as_bytes()).await.unwrap();
+    format!("{text}.{}", BASE64URL.encode(signature))
+}
+
+fn signed_by_a_stranger(text: &str) -> String {
+    let key = KeyPair::generate(KeySize::Rsa2048).unwrap();
+    let mut signature = vec![0; key.public_modulus_len()];
+    key.sign(&RSA_PKCS1_SHA256, &SystemRandom::new(), text.as_bytes(), &mut signature).unwrap();
+    format!("{text}.{}", BASE64URL.encode(signature))
+}
+
+fn hmac_with(key: &[u8], text: &str) -> String {
+    let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text.as_bytes());
+    format!("{text}.{}", BASE64URL.encode(tag))
+}
+
+#[tokio::test]
+async fn no_forged_token_is_taken() {
+    let server = Server::start().await;
+    let good = server.admin().await;
+    let viewer = server.viewer().await;
+    let parts = Parts::of(&good);
+    let now = server.clock.wall().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let public = server.store.signing_key().await.unwrap().unwrap().public;
+    let (header, claims, signature) = (&parts.header, &parts.claims, &parts.signature);
+    let same = unsigned(header, claims);
+
+    let mut forged: Vec<(&str, String)> = vec![
+        ("two parts", same.clone()),
+        ("no signature", format!("{same}.")),
+        ("four parts", format!("{good}.x")),
+        ("half a signature", good[..good.len() - 20].to_owned()),
+        ("another token's signature", {
+            let (text, _) = good.rsplit_once('.').unwrap();
+            let (_, other) = viewer.rsplit_once('.').unwrap();
+            format!("{text}.{other}")
+        }),
+        ("changed claims", {
+            let iam_id = format!("iam-ServiceId-{}", server.made.viewer.service_id);
+            format!("{}.{signature}", unsigned(header, &parts.claims(json!({"iam_id": iam_id}))))
+        }),
+        ("another key", signed_by_a_stranger(&good[..good.rfind('.').unwrap()])),
+        ("much too long", format!("{same}{}.{signature}", "A".repeat(8192))),
+    ];
+    for alg in ["none", "None", "NONE", "HS256", "RS384", "RS512", "PS256", "ES256", ""] {
+        let header = parts.header(json!({"alg": alg}));
+        forged.push(("another alg", format!("{}.{signature}", unsigned(&header, claims))));
+        forged.push(("another alg, signed", signed(&server, &header, claims).await));
+    }
+    let none = unsigned(&parts.header(json!({"alg": "none"})), claims);
+    forged.push(("alg none without a signature", format!("{none}.")));
+    let hs256 = unsigned(&parts.header(json!({"alg": "HS256"})), claims);
+    forged.push(("HS256 with the modulus", hmac_with(&public.n, &hs256)));
+    forged.push((
+        "HS256 with the kid",
+        hmac_with(header["kid"].as_str().unwrap().as_bytes(), &hs256),
+    ));
+    forged.push(("HS256 with nothing", hmac_with(b"", &hs256)));
+    for change in [
+        json!({"kid": null}),
+        json!({"kid": "../../../dev/null"}),
+        json!({"kid": "' OR 1=1 --"}),
+        json!({"kid": "20171030-00:00:00"}),
+        json!({"jku": "https://evil.test/keys"}),
+        json!({"x5u": "https://evil.test/cert"}),
+        json!({"jwk": {"kty": "RSA", "n": BASE64URL.encode(&public.n), "e": "AQAB"}}),
+        json!({"x5c": ["MIIB"]}),
+        json!({"crit": ["exp"], "exp": 0}),
+        json!({"b64": false}),
+        json!({"zip": "DEF"}),
+        json!({"typ": "at+jwt"}),
+    ] {
+        forged.push(("another header", signed(&server, &parts.header(change), claims).await));
+    }
+    for change in [
+        json!({"iss": null}),
+        json!({"iss": "https://iam.cloud.ibm.com/identity"}),
+        json!({"iss": format!("{ISSUER}/")}),
+        json!({"aud": null}),
+        json!({"aud": "another-service"}),
+        json!({"exp": null}),
+        json!({"exp": "tomorrow"}),
+        json!({"exp": -1}),
+        json!({"exp": now - 6}),
+        json!({"exp": now + 100 * 365 * 86_400}),
+        json!({"exp": u64::MAX}),
+        json!({"nbf": null}),
+        json!({"nbf": now + 60}),
+        json!({"iat": null}),
+        json!({"iat": now + 60}),
+        json!({"sub": null}),
+        json!({"iam_id": null}),
+        json!({"iam_id": "IBMid-270007EVTA"}),
+        json!({"iam_id": "iam-ServiceId-00000000-0000-4000-8000-000000000000"}),
+        json!({"api_key_id": null}),
+        json!({"api_key_id": "00000000-0000-4000-8000-000000000000"}),
+    ] {
+        let text = signed_with_our_header(&server, &good, &parts.claims(change)).await;
+        forged.push(("other claims", text));
+    }
+
+    let expected = server.call("x.y.z", "GET", "/keys", "").await;
+    assert_eq!(expected.status, 401);
+    for (what, token) in &forged {
+        let answer = server.call(token, "GET", "/keys", "").await;
+        assert_eq!((answer.status, &answer.body), (401, &expected.body), "{what}: {token}");
+        let managed = server.manage(token, "GET", "/v1/apikeys", "").await;
+        assert_eq!(managed.status, 401, "{what}: {token}");
+    }
+    assert!(forged.len() > 50);
+    let intact = signed_with_our_header(&server, &good, claims).await;
+    for token in [&good, &intact] {
+        assert_eq!(server.call(token, "GET", "/keys", "").await.status, 200);
+    }
+}
+
+/// With the header byte for byte, so that only the claims can be what is refused.
+async fn signed_with_our_header(server: &Server, good: &str, claims: &Value) -> String {
+    let (header, _) = good.split_once('.').unwrap();
+    let text = format!("{header}.{}", BASE64URL.encode(claims.to_string()));
+    let key = server.store.signing_key().await.unwrap().unwrap();
+    let signature = server.vault.sign(key.id, text.as_bytes()).await.unwrap();
+    format!("{text}.{}", BASE64URL.encode(signature))
+}
+
+#[tokio::test]
+async fn a_token_ends_when_it_says_and_clocks_may_differ_by_five_seconds() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    server.clock.advance(Duration::from_secs(3604));
+    assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 200);
+    server.clock.advance(Duration::from_secs(1));
+    assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 401);
+}
+
+#[tokio::test]
+async fn a_token_says_what_ibms_clients_read_and_its_key_is_published() {
+    let server = Server::start().await;
+    let answer = server.ask_token(server.made.viewer.api_key.expose()).await;
+    let body = answer.json();
+    let now = server.clock.wall().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    assert_eq!((&body["token_type"], &body["expires_in"]), (&json!("Bearer"), &json!(3600)));
+    assert_eq!(body["expiration"], now + 3600);
+    assert_eq!(
+        (&body["refresh_token"], &body["scope"]),
+        (&json!("not_supported"), &json!("ibm openid"))
+    );
+    let parts = Parts::of(body["access_token"].as_str().unwrap());
+    let service_id = server.made.viewer.service_id;
+    assert_eq!(parts.claims["iam_id"], format!("iam-ServiceId-{service_id}"));
+    assert_eq!(parts.claims["sub"], format!("ServiceId-{service_id}"));
+    assert_eq!((&parts.claims["iat"], &parts.claims["exp"]), (&json!(now), &json!(now + 3600)));
+    let path = "/identity/keys";
+    let keys = common::http::ask(server.tokens, &server.ca(), "GET", path, &[], "").await.json();
+    assert_eq!(keys["keys"][0]["kid"], parts.header["kid"]);
+    assert_eq!(keys["keys"][0]["alg"], "RS256");
+    assert!(keys["keys"][0].get("use").is_none());
+}

@@ -1,0 +1,86 @@
+//! The command line: names, help and examples. What a command does is in `cmd`, one file each.
+
+use clap::{Parser, Subcommand};
+
+use crate::cmd::{api_keys, bench, completion, inspect, instances, keys, service_ids};
+use crate::output::Format;
+
+const AFTER_HELP: &str = "\
+Where the services are can be said once, in the environment:
+  KMS_URL          https://host:28674                 the key service
+  KMS_TOKEN_URL    https://host:10443/oidc/token      the token service
+  KMS_CA_FILE      the PEM file of the CA that signed both certificates
+  KMS_INSTANCE_ID  the instance whose keys are meant
+  KMS_API_KEY      the API key (or --api-key-file; never an argument, which every user of the machine could read)
+
+Exit codes: 0 done, 1 failed, 2 wrong command line or settings.";
+
+#[derive(Debug, Parser)]
+#[command(name = "kmsctl", version, about = "Manage and inspect the keys that protect Kubernetes secrets", after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    /// Print a table for people or JSON for programs
+    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List, create, import, show, rotate and delete keys
+    #[command(after_help = keys::EXAMPLES)]
+    Keys(keys::Args),
+    /// List and create service IDs, for which API keys speak
+    #[command(after_help = service_ids::EXAMPLES)]
+    ServiceIds(service_ids::Args),
+    /// List, create and revoke API keys
+    #[command(after_help = api_keys::EXAMPLES)]
+    ApiKeys(api_keys::Args),
+    /// List and create instances, the groups that keys live in
+    #[command(after_help = instances::EXAMPLES)]
+    Instances(instances::Args),
+    /// Explain a value that etcd stores: who encrypted it, with which key
+    #[command(after_help = inspect::EXAMPLES)]
+    Inspect(inspect::Args),
+    /// Drive a KMS plug-in's socket and measure it
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::Args),
+    /// Print a completion script for a shell
+    #[command(after_help = completion::EXAMPLES)]
+    Completion(completion::Args),
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn no_argument_takes_an_api_key() {
+        fn check(command: &clap::Command) {
+            for argument in command.get_arguments() {
+                assert_ne!(argument.get_long(), Some("api-key"), "in {}", command.get_name());
+                assert_ne!(argument.get_env(), Some("KMS_API_KEY".as_ref()));
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn each_command_shows_an_example() {
+        for command in
+            Cli::command().get_subcommands().filter(|command| command.get_name() != "help")
+        {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("kmsctl"), "{} has no example", command.get_name());
+        }
+    }
+}

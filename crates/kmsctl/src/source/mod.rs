@@ -1,0 +1,3 @@
+//! Where stored values come from.
+
+pub mod input;
