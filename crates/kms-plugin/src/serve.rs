@@ -113,12 +113,7 @@ impl Plugin {
         tokio::spawn(probe::run(sealer.clone(), server.probe_interval, shutdown.clone()));
         let routes =
             routes(&server.health, &server.socket.address, &sealer, &tools.metrics, registry);
-        tokio::spawn(serve_health(
-            server.health.clone(),
-            server.restart_delay,
-            routes,
-            shutdown.clone(),
-        ));
+        open_health(&server.health, server.restart_delay, routes, shutdown.clone()).await;
         let take_over = {
             let (sealer, tools) = (sealer.clone(), tools.clone());
             move |old: &Config, new: &Config| take_over(old, new, &sealer, &tools, &log)

@@ -19,7 +19,7 @@ async fn ibms_python_client_does_all_it_can_do_with_a_root_key() {
         Err(why) => return eprintln!("skipped: {PACKAGE} cannot be installed here: {why}"),
     };
     let server = Server::start().await;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/redstone.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/redstone_session.py");
     let mut command = Command::new(python);
     command
         .arg(script)
