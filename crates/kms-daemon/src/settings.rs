@@ -265,7 +265,8 @@ impl Section<'_> {
 
     /// True if a value is given.
     pub fn has(&self, name: &str) -> bool {
-        self.values.get(name).is_some_and(|value| !value.is_null())
+        self.override_of(name).is_some()
+            || self.values.get(name).is_some_and(|value| !value.is_null())
     }
 
     /// Notes a mistake of the setting `name` in this section.
@@ -281,19 +282,18 @@ impl Section<'_> {
             known.push(name);
         }
         let value = self.values.remove(name).filter(|value| !value.is_null());
-        let from_environment = self
-            .settings
-            .environment
-            .get(name)
-            .filter(|text| self.overridable && !text.is_empty())
-            .cloned();
-        match from_environment {
+        match self.override_of(name).cloned() {
             Some(text) => {
                 self.settings.overridden.push(name);
                 Some(Value::String(text))
             }
             None => value,
         }
+    }
+
+    fn override_of(&self, name: &str) -> Option<&String> {
+        let text = self.settings.environment.get(name);
+        text.filter(|text| self.overridable && !text.is_empty())
     }
 }
 

@@ -243,12 +243,15 @@ impl Keys {
         }
     }
 
-    /// Access to this CRK was withdrawn: nothing more is sealed with its DEK. The cause is what Status says.
-    pub fn withdraw(&mut self, crk: &CrkName, cause: &SealerError) {
-        if self.active.as_ref().is_some_and(|active| active.crk.name == *crk) {
+    /// Access to this CRK was withdrawn: nothing more is sealed with its DEK, and the cause is what Status says. False
+    /// if it did not seal.
+    pub fn withdraw(&mut self, crk: &CrkName, cause: &SealerError) -> bool {
+        let sealed = self.active.as_ref().is_some_and(|active| active.crk.name == *crk);
+        if sealed {
             self.active = None;
             self.ready = Err(cause.clone());
         }
+        sealed
     }
 
     /// Wipes the DEK that seals if it is too old to be used.

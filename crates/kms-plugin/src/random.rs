@@ -7,7 +7,9 @@ use crate::sealer::SealerError;
 
 /// Fills a buffer with random bytes, or says that it could not.
 #[derive(Clone)]
-pub struct Random(Arc<dyn Fn(&mut [u8]) -> Result<(), NoRandom> + Send + Sync>);
+pub struct Random(Arc<Fill>);
+
+type Fill = dyn Fn(&mut [u8]) -> Result<(), NoRandom> + Send + Sync;
 
 /// The operating system gave no random bytes. Nothing may be sealed without them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

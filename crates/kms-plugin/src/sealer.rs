@@ -223,7 +223,7 @@ impl Sealer {
     async fn new_dek(&self, call: &Call) -> Result<Sealing, SealerError> {
         for _ in 0..ATTEMPTS_AT_A_NEW_DEK {
             let asked = self.keys().to_seal();
-            let new = self.learn(&asked.crk, asked.crk.service.wrap_new(call).await)?;
+            let new = self.heard(&asked.crk, asked.crk.service.wrap_new(call).await)?;
             match self.adopt(&asked, &new) {
                 Err(NotAdopted::Stale) => continue,
                 result => return result.map_err(SealerError::from),
@@ -275,12 +275,25 @@ impl Sealer {
     }
 
     async fn unwrap(&self, crk: &Crk, wdek: &[u8], call: &Call) -> Result<Dek, SealerError> {
-        let unwrapped = self.learn(crk, crk.service.unwrap(wdek, call).await)?;
+        let unwrapped = self.heard(crk, crk.service.unwrap(wdek, call).await)?;
         let version = unwrapped.active_version.as_deref();
         if version.is_some_and(|version| self.keys().is_news(&crk.name, version)) {
             self.probe_wanted.notify_one();
         }
         Ok(unwrapped.dek)
+    }
+
+    /// The same for a request's answer. The probe decides what is reported as ready; an answer that contradicts it is
+    /// reason to ask again.
+    fn heard<T>(&self, crk: &Crk, answer: Result<T, provider::Error>) -> Result<T, SealerError> {
+        let answer = self.learn(crk, answer);
+        let keys = self.keys();
+        let contradicts = keys.ready().is_ok() != answer.is_ok();
+        if contradicts && keys.wants(&crk.name) && !matches!(answer, Err(SealerError::NotAuthentic))
+        {
+            self.probe_wanted.notify_one();
+        }
+        answer
     }
 
     async fn in_time<T>(
@@ -350,17 +363,12 @@ impl Sealer {
     ) -> Result<T, SealerError> {
         let withdrawn = answer.as_ref().is_err_and(provider::Error::is_withdrawal);
         let answer = answer.map_err(SealerError::from);
-        let mut keys = self.keys();
         if let (true, Err(cause)) = (withdrawn, &answer) {
-            keys.withdraw(&crk.name, cause);
             self.deks.keep_only(|name| *name != crk.name);
-            tracing::warn!(crk = %crk.name, "Access to the CRK was refused, its DEKs are dropped: {cause}");
-        }
-        // The probe decides what is reported as ready; here is reason to ask it again.
-        let contradicts = keys.ready().is_ok() != answer.is_ok();
-        if contradicts && keys.wants(&crk.name) && !matches!(answer, Err(SealerError::NotAuthentic))
-        {
-            self.probe_wanted.notify_one();
+            if self.keys().withdraw(&crk.name, cause) {
+                let crk = &crk.name;
+                tracing::warn!(%crk, "Access to the CRK was refused, its DEKs are dropped: {cause}");
+            }
         }
         answer
     }

@@ -75,6 +75,7 @@ pub fn run(source: Source) -> Result<(), Failure> {
     runtime.block_on(async {
         let plugin = Plugin::assemble(source, config, log, clock)?;
         watch_signals(plugin.shutdown.clone(), plugin.reload.clone())?;
+        plugin.name_overridden();
         plugin.serve().await;
         Ok(())
     })
@@ -105,6 +106,13 @@ impl Plugin {
         let sealer = Arc::new(Sealer::new(ring, config.server.policy, tools.clone()));
         let (shutdown, reload) = (Shutdown::new(), Arc::new(Notify::new()));
         Ok(Plugin { source, config, sealer, tools, registry, log, shutdown, reload })
+    }
+
+    fn name_overridden(&self) {
+        let names = self.config.overridden.join(", ");
+        if !names.is_empty() {
+            tracing::info!("Taken from the environment instead of the file: {names}");
+        }
     }
 
     async fn serve(self) {
@@ -141,10 +149,6 @@ fn start_log(
     let log = telemetry::init(settings, Arc::new(move || clock.wall()));
     let config = config.map_err(refuse)?;
     let log = log.map_err(io::Error::other)?;
-    if !config.overridden.is_empty() {
-        let names = config.overridden.join(", ");
-        tracing::info!("Taken from the environment instead of the file: {names}");
-    }
     Ok((config, log))
 }
 
@@ -166,8 +170,10 @@ fn harden() {
 /// The clients of all CRKs that the configuration names. Connects to nothing yet.
 fn ring(config: &Config, tools: &Tools) -> Result<Ring, Mistakes> {
     let server = &config.server;
-    let token =
-        TokenSettings { url: server.token_url.clone(), ca: server.token_ca.clone().map(Ca::File) };
+    let token = TokenSettings {
+        url: server.token_url.clone(),
+        ca: Some(Ca::File(server.token_ca.clone())),
+    };
     let tokens = TokenSource::new(&token, server.api_key.clone(), tools.clock.clone());
     let mut mistakes = Vec::new();
     let mut note = |name: &str, error: SetupError| mistakes.push(format!("{name}: {error}"));
@@ -190,7 +196,7 @@ fn client(entry: &KpConfig, tokens: TokenSource) -> Result<KeyProtect, SetupErro
     let settings = ClientSettings {
         url: entry.url.clone(),
         instance_id: entry.instance_id.clone(),
-        ca: entry.ca.clone().map(Ca::File),
+        ca: Some(Ca::File(entry.ca.clone())),
         max_connections: CONNECTIONS,
         user_agent: USER_AGENT.to_owned(),
     };

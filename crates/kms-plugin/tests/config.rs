@@ -1,5 +1,6 @@
 //! The configuration file: the seed's example as it stands, every name and default, every mistake at once, and
 //! changes while the plug-in runs.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly, as tests do")]
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,7 +21,15 @@ use tokio::sync::Notify;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// The seed's file, its placeholders filled in.
+/// A file that is there; what it holds is not looked at here.
+const CA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+const OTHER_CA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs");
+
+/// The seed's file, its placeholders filled in and with the path of a file that exists.
+fn seed() -> String {
+    SEED.replace("/root/kmsplugin/ca.crt", CA)
+}
+
 const SEED: &str = r#"SERVER_CONFIG:
   REGION: "IBMCloudPakForMCM"
   NUM_LEN_BYTES: 4
@@ -45,10 +54,15 @@ LOGGER:
   LOG_ALL_VALUES: false
 "#;
 
-const LEAST: &str = r#"
-SERVER_CONFIG: {UNIX_SOCKET_PATH: "@kms", TOKEN_URL: "https://t/oidc/token", API_KEY: "k"}
-KP_CONFIG: {CRK_ID: "c", INSTANCE_ID: "i", URL: "https://k"}
-"#;
+/// Only what has no default.
+fn least() -> String {
+    format!(
+        r#"
+SERVER_CONFIG: {{UNIX_SOCKET_PATH: "@kms", TOKEN_URL: "https://t", TOKEN_URL_CA_FILE: "{CA}", API_KEY: "k"}}
+KP_CONFIG: {{CRK_ID: "c", INSTANCE_ID: "i", URL: "https://k", KP_CA_FILE: "{CA}"}}
+"#
+    )
+}
 
 struct File {
     _folder: TempDir,
@@ -84,13 +98,13 @@ fn api_key(config: &Config) -> String {
 
 #[test]
 fn the_seed_s_file_is_read_as_it_stands() {
-    let config = read(SEED, []).unwrap();
+    let config = read(&seed(), []).unwrap();
     let server = &config.server;
     assert_eq!(server.region, "IBMCloudPakForMCM");
     assert_eq!(server.socket.address.to_string(), "/etc/origin/master/keyprotectprovider.sock");
     assert_eq!(server.restart_delay, Duration::from_secs(30));
     assert_eq!(server.token_url, "https://iam-token-service.kube-system:10443/oidc/token");
-    assert_eq!(server.token_ca, Some("/root/kmsplugin/ca.crt".into()));
+    assert_eq!(server.token_ca, PathBuf::from(CA));
     assert_eq!(api_key(&config), "an-api-key");
     assert_eq!(server.health.path, "/healthz");
     assert_eq!(server.health.addresses[0], "[::]:20358".parse().unwrap());
@@ -105,13 +119,13 @@ fn the_seed_s_file_is_read_as_it_stands() {
         (1, "the-crk", "the-instance")
     );
     assert_eq!(current.url, "https://kms-api.kube-system:28674");
-    assert_eq!(current.ca, Some("/root/kmsplugin/ca.crt".into()));
+    assert_eq!(current.ca, PathBuf::from(CA));
     assert_eq!(config.logger, telemetry::Settings { level: LogLevel::Info, log_all_values: false });
 }
 
 #[test]
 fn the_seed_s_placeholders_are_mistakes() {
-    let text = SEED
+    let text = seed()
         .replace("an-api-key", "<API_KEY>")
         .replace("the-crk", "<CRK_ID")
         .replace("the-instance", "<INSTANCE_ID>");
@@ -127,7 +141,7 @@ fn the_seed_s_placeholders_are_mistakes() {
 
 #[test]
 fn what_is_left_out_has_its_default() {
-    let config = read(LEAST, []).unwrap();
+    let config = read(&least(), []).unwrap();
     let server = &config.server;
     assert_eq!((&*server.region, server.restart_delay), ("", Duration::from_secs(30)));
     assert_eq!(server.probe_interval, Duration::from_secs(30));
@@ -162,7 +176,7 @@ fn each_value_is_overridden_by_an_environment_variable_of_its_name() {
         ("RESTART_DELAY_IN_SECONDS", "1"),
         ("UNIX_SOCKET_PATH", "/run/kms.sock"),
         ("TOKEN_URL", "https://token"),
-        ("TOKEN_URL_CA_FILE", "/t.pem"),
+        ("TOKEN_URL_CA_FILE", OTHER_CA),
         ("API_KEY", "from-environment"),
         ("HEALTHZ_PATH", "/health"),
         ("HEALTHZ_PORT", "127.0.0.1:1"),
@@ -181,15 +195,15 @@ fn each_value_is_overridden_by_an_environment_variable_of_its_name() {
         ("VERSION", "12"),
         ("CRK_ID", "crk"),
         ("URL", "https://kms"),
-        ("KP_CA_FILE", "/k.pem"),
+        ("KP_CA_FILE", OTHER_CA),
         ("INSTANCE_ID", "instance"),
         ("LOG_LEVEL", "debug"),
         ("LOG_ALL_VALUES", "true"),
     ];
-    let config = read(SEED, names).unwrap();
+    let config = read(&seed(), names).unwrap();
     let server = &config.server;
     assert_eq!((&*server.region, &*server.token_url), ("eu", "https://token"));
-    assert_eq!(server.token_ca, Some("/t.pem".into()));
+    assert_eq!(server.token_ca, PathBuf::from(OTHER_CA));
     assert_eq!(api_key(&config), "from-environment");
     assert_eq!(server.restart_delay, Duration::from_secs(1));
     assert_eq!(server.probe_interval, Duration::from_secs(7));
@@ -215,14 +229,14 @@ fn each_value_is_overridden_by_an_environment_variable_of_its_name() {
     );
     let current = &config.current;
     assert_eq!((current.version, &*current.crk_id, &*current.instance_id), (12, "crk", "instance"));
-    assert_eq!((&*current.url, &current.ca), ("https://kms", &Some("/k.pem".into())));
+    assert_eq!((&*current.url, &current.ca), ("https://kms", &PathBuf::from(OTHER_CA)));
     assert_eq!(config.logger, telemetry::Settings { level: LogLevel::Debug, log_all_values: true });
     assert_eq!(config.overridden.len(), names.len());
 }
 
 #[test]
 fn all_mistakes_are_found_at_once_and_no_value_is_repeated() {
-    let text = SEED
+    let text = seed()
         .replace("NUM_LEN_BYTES: 4", "NUM_LEN_BYTES: 9")
         .replace("NEW_DEK: false", "NEW_DEKS: SECRET")
         .replace("\"/etc/origin/master/keyprotectprovider.sock\"", "\"kms.sock\"")
@@ -261,7 +275,7 @@ fn the_health_port_is_understood_in_every_usual_form() {
         ("\"127.0.0.1:20358\"", "127.0.0.1:20358"),
         ("\"[::1]:20358\"", "[::1]:20358"),
     ] {
-        let text = SEED.replace("\":20358\"", written);
+        let text = seed().replace("\":20358\"", written);
         let config = read(&text, []).unwrap();
         assert_eq!(config.server.health.addresses[0], first.parse().unwrap(), "{written}");
     }
@@ -270,17 +284,20 @@ fn the_health_port_is_understood_in_every_usual_form() {
 #[test]
 fn previous_entries_have_the_same_shape_and_a_version_of_their_own() {
     let entry = "- VERSION: 2\n  CRK_ID: \"old\"\n  URL: \"https://old\"\n  INSTANCE_ID: \"i\"\n";
-    let text = format!("{SEED}KP_CONFIG_PREVIOUS:\n{entry}");
+    let entry = format!("{entry}  KP_CA_FILE: \"{CA}\"\n");
+    let text = format!("{}KP_CONFIG_PREVIOUS:\n{entry}", seed());
     let config = read(&text, []).unwrap();
     assert_eq!((config.previous[0].version, &*config.previous[0].crk_id), (2, "old"));
     // The environment speaks of the current entry only.
     assert_eq!(read(&text, [("CRK_ID", "new")]).unwrap().previous[0].crk_id, "old");
 
-    let same = format!("{SEED}KP_CONFIG_PREVIOUS:\n{}", entry.replace("VERSION: 2", "VERSION: 1"));
+    let same =
+        format!("{}KP_CONFIG_PREVIOUS:\n{}", seed(), entry.replace("VERSION: 2", "VERSION: 1"));
     assert!(
         mistakes(&same)[0].starts_with("KP_CONFIG_PREVIOUS[0].VERSION is 1, as another entry's")
     );
-    let none = format!("{SEED}KP_CONFIG_PREVIOUS:\n{}", entry.replace("VERSION: 2", "VERSIN: 2"));
+    let none =
+        format!("{}KP_CONFIG_PREVIOUS:\n{}", seed(), entry.replace("VERSION: 2", "VERSIN: 2"));
     assert_eq!(
         mistakes(&none),
         [
@@ -294,28 +311,28 @@ fn previous_entries_have_the_same_shape_and_a_version_of_their_own() {
 fn the_api_key_stands_in_the_file_or_in_a_file_of_its_own() {
     let key = file("from-a-file\n");
     let name = format!("API_KEY_FILE: \"{}\"", key.path.display());
-    let config = read(&SEED.replace("API_KEY: \"an-api-key\"", &name), []).unwrap();
+    let config = read(&seed().replace("API_KEY: \"an-api-key\"", &name), []).unwrap();
     assert_eq!(api_key(&config), key.path.display().to_string());
     assert!(config.files().contains(&key.path.as_path()));
 
-    let both = SEED.replace("MAX_RETRIES: 0", &name);
+    let both = seed().replace("MAX_RETRIES: 0", &name);
     assert_eq!(
         mistakes(&both),
         ["SERVER_CONFIG.API_KEY and API_KEY_FILE are both set; only one of them may be"]
     );
-    let gone = SEED.replace("API_KEY: \"an-api-key\"", "API_KEY_FILE: \"/nowhere/key\"");
+    let gone = seed().replace("API_KEY: \"an-api-key\"", "API_KEY_FILE: \"/nowhere/key\"");
     assert!(
         mistakes(&gone)[0]
             .starts_with("SERVER_CONFIG.API_KEY_FILE names a file that cannot be read")
     );
     fs::write(&key.path, " \n").unwrap();
-    let empty = SEED.replace("API_KEY: \"an-api-key\"", &name);
+    let empty = seed().replace("API_KEY: \"an-api-key\"", &name);
     assert_eq!(mistakes(&empty), ["SERVER_CONFIG.API_KEY_FILE names an empty file"]);
 }
 
 #[test]
 fn the_path_comes_from_the_option_or_from_config_file() {
-    let (here, there) = (file(SEED), file(LEAST));
+    let (here, there) = (file(&seed()), file(&least()));
     let there = environment([("config_file", there.path.to_str().unwrap())]);
     let region = |source: Source| source.read().unwrap().server.region;
     assert_eq!(region(Source::new(Some(here.path.clone()), there.clone())), "IBMCloudPakForMCM");
@@ -338,6 +355,8 @@ fn hypershift_s_environment_is_a_configuration() {
         ("KP_TIMEOUT", "10"),
         ("RESTART_DELAY_IN_SECONDS", "0"),
         ("KP_WDEK_PATH", "/tmp/kp/wdek"),
+        ("TOKEN_URL_CA_FILE", CA),
+        ("KP_CA_FILE", CA),
     ]);
     let config = Source::new(None, variables.clone()).read().unwrap();
     assert_eq!((config.current.version, &*config.current.crk_id), (3, "new"));
@@ -360,11 +379,37 @@ fn hypershift_s_environment_is_a_configuration() {
 
 #[test]
 fn what_needs_a_restart_is_named() {
-    let old = read(SEED, []).unwrap();
-    let new =
-        read(SEED, [("UNIX_SOCKET_PATH", "@other"), ("HEALTHZ_PORT", ":1"), ("CRK_ID", "other")]);
+    let old = read(&seed(), []).unwrap();
+    let new = read(
+        &seed(),
+        [("UNIX_SOCKET_PATH", "@other"), ("HEALTHZ_PORT", ":1"), ("CRK_ID", "other")],
+    );
     assert_eq!(old.needing_restart(&new.unwrap()), ["UNIX_SOCKET_PATH", "HEALTHZ_PORT"]);
     assert!(old.needing_restart(&old.clone()).is_empty());
+}
+
+proptest::proptest! {
+    #[test]
+    fn any_text_is_a_configuration_or_a_list_of_mistakes(text in "\\PC{0,200}") {
+        if let Err(Mistakes(mistakes)) = read(&text, []) {
+            proptest::prop_assert!(!mistakes.is_empty());
+        }
+    }
+
+    #[test]
+    fn any_value_in_any_place_is_taken_or_named(
+        line in 0..SEED.lines().count(), value in "[^\"\\\\]{0,20}",
+    ) {
+        let seed = seed();
+        let mut lines: Vec<_> = seed.lines().map(str::to_owned).collect();
+        let name = lines[line].split(':').next().unwrap().to_owned();
+        lines[line] = format!("{name}: \"{value}\"");
+        if let Err(Mistakes(mistakes)) = read(&lines.join("\n"), []) {
+            let named = mistakes.iter().any(|mistake| mistake.contains(name.trim()));
+            let yaml = mistakes[0].starts_with("not valid YAML");
+            proptest::prop_assert!(named || yaml, "{}: {:?}", name, mistakes);
+        }
+    }
 }
 
 /// The regions that `watch` handed over, in order.
@@ -372,7 +417,7 @@ type Seen = Arc<Mutex<Vec<String>>>;
 
 async fn watched(change: impl AsyncFnOnce(&File, &Notify, &Seen)) {
     tokio::time::pause();
-    let (file, reload, shutdown) = (file(SEED), Arc::new(Notify::new()), Shutdown::new());
+    let (file, reload, shutdown) = (file(&seed()), Arc::new(Notify::new()), Shutdown::new());
     let source = Source::new(Some(file.path.clone()), Environment::new());
     let (running, seen) = (source.read().unwrap(), Seen::default());
     let metrics = Metrics::unregistered();
@@ -403,7 +448,7 @@ async fn a_changed_file_is_taken_over_without_a_restart() {
     watched(async |file, _, seen| {
         a_while().await;
         assert!(seen.lock().unwrap().is_empty(), "nothing changed");
-        fs::write(&file.path, SEED.replace("IBMCloudPakForMCM", "second")).unwrap();
+        fs::write(&file.path, seed().replace("IBMCloudPakForMCM", "second")).unwrap();
         a_while().await;
         a_while().await;
         assert_eq!(*seen.lock().unwrap(), ["second"], "once for each change");
@@ -414,14 +459,14 @@ async fn a_changed_file_is_taken_over_without_a_restart() {
 #[tokio::test]
 async fn a_bad_file_is_refused_and_the_next_good_one_taken() {
     watched(async |file, _, seen| {
-        for bad in ["LOGGER: [", "REGION: 1", &SEED.replace("IBMCloudPakForMCM", "refused"), ""] {
+        for bad in ["LOGGER: [", "REGION: 1", &seed().replace("IBMCloudPakForMCM", "refused"), ""] {
             fs::write(&file.path, bad).unwrap();
             a_while().await;
         }
         fs::remove_file(&file.path).unwrap();
         a_while().await;
         assert!(seen.lock().unwrap().is_empty());
-        fs::write(&file.path, SEED.replace("IBMCloudPakForMCM", "good")).unwrap();
+        fs::write(&file.path, seed().replace("IBMCloudPakForMCM", "good")).unwrap();
         a_while().await;
         assert_eq!(*seen.lock().unwrap(), ["good"]);
     })

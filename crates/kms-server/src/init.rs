@@ -55,11 +55,11 @@ pub enum InitError {
 /// # Errors
 /// [`InitError`]. What was made in the HSM until then stays there, without a use.
 pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitError> {
-    let store = SqliteStore::open(&config.database, true).await?;
+    let store = SqliteStore::open(&config.server.database, true).await?;
     if store.signing_key().await?.is_some() {
-        return Err(InitError::Done { database: config.database.display().to_string() });
+        return Err(InitError::Done { database: config.server.database.display().to_string() });
     }
-    let audit = Audit::open(&config.audit_file, clock.clone())?;
+    let audit = Audit::open(&config.server.audit_file, clock.clone())?;
     make_token_where_asked(&config.hsm)?;
     let vault = open_vault(&config.hsm)?;
     fill(&store, &vault, &audit, clock.wall().into()).await

@@ -70,7 +70,7 @@ async fn main() -> ExitCode {
 
 fn check(cli: &Cli) -> Result<(), Failure> {
     let config = Config::load(&cli.config)?;
-    tls::acceptor(&config.tls_cert_file, &config.tls_key_file)?;
+    tls::acceptor(&config.server.tls_cert_file, &config.server.tls_key_file)?;
     println!("{} is good.", cli.config.display());
     Ok(())
 }
@@ -89,7 +89,7 @@ async fn initialise(cli: &Cli, output: Output) -> Result<(), Failure> {
 async fn serve(cli: &Cli) -> Result<(), Failure> {
     let config = Config::load(&cli.config)?;
     let clock = clock(&config)?;
-    let tls = tls::acceptor(&config.tls_cert_file, &config.tls_key_file)?;
+    let tls = tls::acceptor(&config.server.tls_cert_file, &config.server.tls_key_file)?;
     let (store, signing_key) = store(&config).await?;
     let vault: Arc<dyn Vault> = Arc::new(init::open_vault(&config.hsm)?);
     let app = Arc::new(assemble(&config, clock, store, vault, signing_key)?);
@@ -97,18 +97,18 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     let shutdown = Shutdown::new();
     watch_signals(shutdown.clone(), Arc::new(Notify::new()))?;
     compare(&app).await;
-    tracing::info!("The key service is started on {}.", config.keys_address);
-    tracing::info!("The token service is started on {}.", config.tokens_address);
+    tracing::info!("The key service is started on {}.", config.server.keys_address);
+    tracing::info!("The token service is started on {}.", config.server.tokens_address);
     app::serve(app, listeners, tls, shutdown).await;
     Ok(())
 }
 
 /// The store, and the proof that somebody can be authenticated: without it nothing is served.
 async fn store(config: &Config) -> Result<(Arc<dyn Store>, SigningKey), Failure> {
-    if !config.database.exists() {
+    if !config.server.database.exists() {
         return Err(not_initialised(config));
     }
-    let store = SqliteStore::open(&config.database, false).await?;
+    let store = SqliteStore::open(&config.server.database, false).await?;
     let signing_key = store.signing_key().await?.ok_or_else(|| not_initialised(config))?;
     Ok((Arc::new(store), signing_key))
 }
@@ -128,12 +128,16 @@ fn assemble(
     vault: Arc<dyn Vault>,
     signing_key: SigningKey,
 ) -> Result<App, Failure> {
-    let issuer =
-        Issuer::new(config.issuer_url.clone(), config.token_lifetime, signing_key, clock.clone());
+    let issuer = Issuer::new(
+        config.server.issuer_url.clone(),
+        config.server.token_lifetime,
+        signing_key,
+        clock.clone(),
+    );
     Ok(App {
         vault,
         store,
-        audit: Audit::open(&config.audit_file, clock.clone())?,
+        audit: Audit::open(&config.server.audit_file, clock.clone())?,
         issuer,
         clock,
         settings: config.operations,
@@ -144,9 +148,9 @@ fn assemble(
 
 async fn bind(config: &Config) -> Result<Listeners, Failure> {
     Ok(Listeners {
-        keys: listen(config.keys_address, "KEYS_ADDRESS").await?,
-        tokens: listen(config.tokens_address, "TOKENS_ADDRESS").await?,
-        health: listen(config.health_address, "HEALTH_ADDRESS").await?,
+        keys: listen(config.server.keys_address, "KEYS_ADDRESS").await?,
+        tokens: listen(config.server.tokens_address, "TOKENS_ADDRESS").await?,
+        health: listen(config.server.health_address, "HEALTH_ADDRESS").await?,
     })
 }
 
@@ -168,7 +172,7 @@ fn not_initialised(config: &Config) -> Failure {
     format!(
         "no authentication is configured: {} holds no service IDs and no signing key. Run `kms-server init --config \
          FILE` first",
-        config.database.display()
+        config.server.database.display()
     )
     .into()
 }

@@ -40,7 +40,7 @@ impl Module {
         &self.raw
     }
 
-    /// C_Initialize, with the threads of this process allowed in. Once is enough, twice is harmless.
+    /// C_Initialize, with the threads of this process let in. Twice does no harm.
     pub(super) fn initialise(&self) -> Result<(), Fault> {
         let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
         match self.context.initialize(arguments) {

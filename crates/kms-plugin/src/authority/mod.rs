@@ -1,9 +1,9 @@
 //! Lets clients in whose `:authority` is the socket's path.
 //!
-//! kube-apiserver sends `%2Fvar%2Frun%2Fkms.sock` for KMS v1, and before 1.32 the path (raw in 1.28) for both
-//! versions. The HTTP/2 stack below tonic refuses both with PROTOCOL_ERROR before any handler runs. So
-//! [`Adapter`] stands between the accepted socket and the stack, and replaces only such a value: `frames` follows the
-//! frames, `hpack` the header blocks. What is in a DATA frame is never looked at, what goes to the client never touched.
+//! kube-apiserver sends `%2Fvar%2Frun%2Fkms.sock` for KMS v1, and before 1.32 the path for both versions (raw in
+//! 1.28). The HTTP/2 stack below tonic refuses that with PROTOCOL_ERROR before any handler runs. So [`Adapter`] stands
+//! between the accepted socket and the stack, and replaces such a value and nothing else: `frames` follows the frames,
+//! `hpack` the header blocks. What is in a DATA frame is never looked at, what goes to the client never touched.
 
 mod frames;
 mod hpack;

@@ -47,7 +47,7 @@ pub struct Server {
     pub restart_delay: Duration,
     pub probe_interval: Duration,
     pub token_url: String,
-    pub token_ca: Option<PathBuf>,
+    pub token_ca: PathBuf,
     pub api_key: ApiKeySource,
     pub patience: Patience,
     pub policy: Policy,
@@ -87,7 +87,7 @@ pub struct KpConfig {
     pub crk_id: String,
     pub instance_id: String,
     pub url: String,
-    pub ca: Option<PathBuf>,
+    pub ca: PathBuf,
 }
 
 /// Where the configuration comes from: a file, the environment, or both.
@@ -140,12 +140,12 @@ impl Config {
 
     /// The files whose content is part of the configuration.
     pub fn files(&self) -> Vec<&Path> {
-        let cas = self.entries().filter_map(|entry| entry.ca.as_deref());
+        let cas = self.entries().map(|entry| entry.ca.as_path());
         let api_key = match &self.server.api_key {
             ApiKeySource::File(path) => Some(path.as_path()),
             ApiKeySource::Inline(_) => None,
         };
-        cas.chain(self.server.token_ca.as_deref()).chain(api_key).collect()
+        cas.chain([self.server.token_ca.as_path()]).chain(api_key).collect()
     }
 
     /// The names of settings that differ in `new` and take effect only when the process starts.

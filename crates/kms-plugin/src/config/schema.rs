@@ -43,8 +43,8 @@ fn server_config(section: &mut Section<'_>) -> Option<Server> {
         health: health(section),
         restart_delay: seconds(section, "RESTART_DELAY_IN_SECONDS", 0, 30),
         probe_interval: seconds(section, "PROBE_INTERVAL_IN_SECONDS", 1, 30),
-        token_url: filled_in(section, "TOKEN_URL"),
-        token_ca: section.text("TOKEN_URL_CA_FILE").map(PathBuf::from),
+        token_url: url(section, "TOKEN_URL"),
+        token_ca: file(section, "TOKEN_URL_CA_FILE"),
         patience: patience(section),
         policy: policy(section),
         api_key: ApiKeySource::File(PathBuf::new()),
@@ -114,35 +114,23 @@ fn policy(section: &mut Section<'_>) -> Policy {
 }
 
 fn api_key(section: &mut Section<'_>) -> Option<ApiKeySource> {
-    match (section.text("API_KEY"), section.text("API_KEY_FILE")) {
-        (Some(key), None) if is_placeholder(&key) => {
-            section.mistake("API_KEY", "still holds the placeholder of the example");
-            None
+    let key = section.text("API_KEY");
+    match (key, section.has("API_KEY_FILE")) {
+        (Some(key), false) => {
+            refuse_placeholder(section, "API_KEY", &key);
+            Some(ApiKeySource::Inline(SecretText::new(key)))
         }
-        (Some(key), None) => Some(ApiKeySource::Inline(SecretText::new(key))),
-        (None, Some(path)) => Some(api_key_file(section, PathBuf::from(path))),
-        (Some(_), Some(_)) => {
+        (None, true) => Some(ApiKeySource::File(file(section, "API_KEY_FILE"))),
+        (Some(_), true) => {
+            section.text("API_KEY_FILE");
             section.mistake("API_KEY", "and API_KEY_FILE are both set; only one of them may be");
             None
         }
-        (None, None) => {
+        (None, false) => {
             section.mistake("API_KEY", "is missing (or API_KEY_FILE, the file that holds it)");
             None
         }
     }
-}
-
-fn api_key_file(section: &mut Section<'_>, path: PathBuf) -> ApiKeySource {
-    match super::read_file(&path) {
-        Ok(key) if key.trim_ascii().is_empty() => {
-            section.mistake("API_KEY_FILE", "names an empty file")
-        }
-        Ok(_) => {}
-        Err(error) => {
-            section.mistake("API_KEY_FILE", &format!("names a file that cannot be read: {error}"))
-        }
-    }
-    ApiKeySource::File(path)
 }
 
 fn kp_config(section: &mut Section<'_>, default_version: Option<u64>) -> KpConfig {
@@ -162,8 +150,8 @@ fn kp_config(section: &mut Section<'_>, default_version: Option<u64>) -> KpConfi
         version: i64::try_from(version).unwrap_or(i64::MAX),
         crk_id,
         instance_id,
-        url: filled_in(section, "URL"),
-        ca: section.text("KP_CA_FILE").map(PathBuf::from),
+        url: url(section, "URL"),
+        ca: file(section, "KP_CA_FILE"),
     }
 }
 
@@ -193,14 +181,38 @@ fn logger(section: &mut Section<'_>) -> telemetry::Settings {
 /// A text that the operator had to write into the example.
 fn filled_in(section: &mut Section<'_>, name: &'static str) -> String {
     let text = section.required(name);
-    if is_placeholder(&text) {
-        section.mistake(name, "still holds the placeholder of the example");
-    }
+    refuse_placeholder(section, name, &text);
     text
 }
 
-fn is_placeholder(text: &str) -> bool {
-    text.starts_with('<')
+fn refuse_placeholder(section: &mut Section<'_>, name: &str, text: &str) {
+    if text.starts_with('<') {
+        section.mistake(name, "still holds the placeholder of the example");
+    }
+}
+
+fn url(section: &mut Section<'_>, name: &'static str) -> String {
+    let url = section.required(name);
+    if !url.is_empty() && !url.starts_with("https://") {
+        section.mistake(name, "must be a URL that starts with https://");
+    }
+    url
+}
+
+/// A file that has to be there, with something in it.
+fn file(section: &mut Section<'_>, name: &'static str) -> PathBuf {
+    let path = PathBuf::from(section.required(name));
+    if path.as_os_str().is_empty() {
+        return path;
+    }
+    match super::read_file(&path).map(zeroize::Zeroizing::new) {
+        Ok(content) if content.trim_ascii().is_empty() => {
+            section.mistake(name, "names an empty file")
+        }
+        Ok(_) => {}
+        Err(error) => section.mistake(name, &format!("names a file that cannot be read: {error}")),
+    }
+    path
 }
 
 fn seconds(section: &mut Section<'_>, name: &'static str, least: u64, default: u64) -> Duration {

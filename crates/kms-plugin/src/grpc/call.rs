@@ -30,7 +30,7 @@ pub(super) fn call(uid: &str, metadata: &MetadataMap) -> Call {
     Call { uid, deadline: deadline.unwrap_or(DEFAULT_DEADLINE).min(LONGEST_DEADLINE) }
 }
 
-/// Runs one request: afterwards it is in the metrics, and in the log.
+/// Runs one request: afterwards it is in the metrics, and in the log. A request without a uid has an empty one.
 pub(super) async fn answer<T>(
     sealer: &Sealer,
     method: Method,
@@ -38,6 +38,7 @@ pub(super) async fn answer<T>(
     work: impl Future<Output = Result<T, Status>>,
 ) -> Result<Response<T>, Status> {
     let Method { api, name } = method;
+    let uid = (!uid.is_empty()).then_some(uid);
     let started = sealer.now();
     let result = work.await;
     let took = sealer.now().saturating_sub(started);

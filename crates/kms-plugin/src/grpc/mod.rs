@@ -28,6 +28,9 @@ use crate::socket::Bound;
 const MAX_MESSAGE: usize = 128 * 1024;
 /// kube-apiserver opens one stream per write with KMS v1, and any number for reads on a cold cache.
 const MAX_STREAMS: u32 = 1024;
+/// Streams that a client may have cancelled before we saw them. More of them end the connection, as a defence against
+/// floods; but kube-apiserver cancels as many as its own callers do.
+const MAX_CANCELLED: Option<usize> = Some(1024);
 /// Flow control windows: one largest message per stream, eight of them per connection.
 const STREAM_WINDOW: u32 = 128 * 1024;
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
@@ -84,6 +87,7 @@ fn router(sealer: Arc<Sealer>, status_version: StatusVersion) -> Router {
     let v2 = v2::Service::new(sealer, status_version);
     Server::builder()
         .max_concurrent_streams(MAX_STREAMS)
+        .http2_max_pending_accept_reset_streams(MAX_CANCELLED)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_max_header_list_size(MAX_HEADERS)

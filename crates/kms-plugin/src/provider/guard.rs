@@ -94,7 +94,7 @@ impl Guard {
         let outcome = result.as_ref().map_or_else(Error::outcome, |_| "ok");
         self.tools.metrics.provider_call(operation, outcome, now.saturating_sub(started));
         if let Err(error) = &result {
-            tracing::warn!(
+            tracing::debug!(
                 uid = call.uid,
                 "The key service gave no answer to {operation}: {error}"
             );

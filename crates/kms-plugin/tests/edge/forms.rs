@@ -81,7 +81,7 @@ impl Client {
         let authority = authority.map(|value| Field {
             form: [Form::Indexing, Form::Indexing, Form::Without, Form::Never][number / 7 % 4],
             by_index: number % 11 != 10,
-            huffman: (number % 3 == 0, number % 2 == 0),
+            huffman: (number.is_multiple_of(3), number.is_multiple_of(2)),
             ..Field::usual(":authority", value)
         });
         // A new value each time: it fills the dynamic table until older entries fall out, as with grpc-go.

@@ -1,6 +1,6 @@
 //! What kube-apiserver meets: the socket, the `:authority` adapter, both gRPC services; over real sockets, with the
 //! key service's double from the sealing tests behind.
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 mod adapter;
 #[path = "../sealing/double.rs"]

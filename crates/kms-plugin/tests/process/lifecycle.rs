@@ -13,7 +13,11 @@ fn it_starts_with_the_seed_s_lines_and_ends_on_sigterm() {
     assert_eq!(plugin.terminate().code(), Some(0));
     let lines = plugin.all_lines();
     for (line, file, text) in [
-        (&lines[0], "lifecycle.rs", "SIGTERM signal handler started.  Watching for SIGTERM signals."),
+        (
+            &lines[0],
+            "lifecycle.rs",
+            "SIGTERM signal handler started.  Watching for SIGTERM signals.",
+        ),
         (&lines[1], "serve.rs", "The Provider server is started."),
     ] {
         let value: serde_json::Value = serde_json::from_str(line).unwrap();

@@ -23,14 +23,21 @@ fn check_config_says_that_a_configuration_is_valid() {
 
 #[test]
 fn check_config_lists_all_mistakes_and_ends_with_64() {
-    let setup = Setup::new().with("MAX_RETRIES", "many").with("NEW_DEKK", "true");
+    let setup = Setup::new()
+        .with("MAX_RETRIES", "many")
+        .with("NEW_DEKK", "true")
+        .with("URL", "http://plain")
+        .with("TOKEN_URL_CA_FILE", "/nowhere.pem");
     setup.write_config();
-    let (code, _, stderr) = output(command().arg("--check-config").env("config_file", setup.config()));
+    let (code, _, stderr) =
+        output(command().arg("--check-config").env("config_file", setup.config()));
     assert_eq!(code, Some(64));
     assert_eq!(
         stderr.lines().collect::<Vec<_>>(),
         [
+            "SERVER_CONFIG.TOKEN_URL_CA_FILE names a file that cannot be read: No such file or directory (os error 2)",
             "SERVER_CONFIG.MAX_RETRIES must be a whole number from 0 to 20",
+            "KP_CONFIG.URL must be a URL that starts with https://",
             "SERVER_CONFIG.NEW_DEKK is not a known name; did you mean NEW_DEK?",
         ]
     );
@@ -41,12 +48,14 @@ fn check_config_lists_all_mistakes_and_ends_with_64() {
 
 #[test]
 fn check_config_finds_what_only_a_start_would_find() {
-    let setup = Setup::new().with("URL", "http://plain").with("TOKEN_URL_CA_FILE", "/nowhere.pem");
+    let setup = Setup::new();
     setup.write_config();
-    let (code, _, stderr) = output(command().arg("--check-config").env("config_file", setup.config()));
+    let ca = setup.folder.path().join("ca.crt");
+    std::fs::write(&ca, "no certificate").unwrap();
+    let (code, _, stderr) =
+        output(command().arg("--check-config").env("config_file", setup.config()));
     assert_eq!(code, Some(64));
-    assert!(stderr.contains("/nowhere.pem"), "{stderr}");
-    assert!(stderr.contains("http://plain"), "{stderr}");
+    assert!(stderr.contains(&format!("the CA file {} cannot be used", ca.display())), "{stderr}");
 }
 
 #[test]
@@ -87,7 +96,8 @@ fn the_sample_is_valid_once_it_is_filled_in() {
     let (code, _, stderr) = output(command().args(["--check-config", "--config"]).arg(&sample));
     assert_eq!(code, Some(64));
     assert_eq!(stderr.matches("still holds the placeholder of the example").count(), 3, "{stderr}");
-    assert_eq!(stderr.lines().count(), 3, "{stderr}");
+    assert_eq!(stderr.matches("_CA_FILE names a file that cannot be read").count(), 2, "{stderr}");
+    assert_eq!(stderr.lines().count(), 5, "{stderr}");
 }
 
 #[test]

@@ -111,11 +111,8 @@ impl Setup {
     /// Writes the file and starts the plug-in with it.
     pub(crate) fn start(&self) -> Plugin {
         self.write_config();
-        let mut child = command()
-            .env("config_file", self.config())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut child =
+            command().env("config_file", self.config()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let (stderr, into) = (child.stderr.take().unwrap(), log.clone());
         std::thread::spawn(move || into.fill(stderr));

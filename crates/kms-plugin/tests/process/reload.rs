@@ -70,7 +70,10 @@ async fn a_bad_file_is_refused_and_everything_goes_on() {
     plugin.line("The changed configuration is refused, the old one keeps running.");
     assert_eq!(plugin.health("/healthz/liveness").await.0, 200);
     let (_, metrics) = plugin.health("/metrics").await;
-    assert!(metrics.contains(r#"kmsplugin_config_reloads_total{outcome="refused"} 1"#), "{metrics}");
+    assert!(
+        metrics.contains(r#"kmsplugin_config_reloads_total{outcome="refused"} 1"#),
+        "{metrics}"
+    );
 }
 
 #[tokio::test]

@@ -1,9 +1,10 @@
 //! Both APIs over the real socket, what the log shows of them, and how failures of the key service read.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use tokio::time::Instant;
 
 use crate::plugin::{Plugin, Setup};
 use crate::service::{Service, TOKEN};
@@ -111,7 +112,10 @@ async fn a_service_that_is_away_or_hangs_is_named_in_time() {
     let plugin = Setup::new().serving();
     let error = plugin.encrypt_v1(b"ping").await.unwrap_err();
     assert_eq!(i32::from(error.code()), 14, "{error:?}");
-    assert!(error.message().starts_with("Unavailable: the key service cannot be reached"), "{error:?}");
+    assert!(
+        error.message().starts_with("Unavailable: the key service cannot be reached"),
+        "{error:?}"
+    );
     assert!(!error.message().contains("127.0.0.1"), "no host: {error:?}");
 
     let service = Service::start(API_KEY).await;

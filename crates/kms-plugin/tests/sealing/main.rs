@@ -1,5 +1,6 @@
 //! The sealer with a key service that can be told how to fail, and a clock that stands still: what each setting
 //! does, what an outage and a refusal do, and that Status and Encrypt agree.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly, as tests do")]
 
 mod double;
 mod failures;

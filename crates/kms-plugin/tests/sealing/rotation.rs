@@ -257,7 +257,9 @@ proptest! {
                     now += Duration::from_secs(60 * minutes);
                     keys.expire(now);
                 }
-                Step::Withdraw => keys.withdraw(&name, &cause),
+                Step::Withdraw => {
+                    keys.withdraw(&name, &cause);
+                }
             }
             if let Ok(status) = keys.status(now)
                 && history.last() != Some(&status.key_id)

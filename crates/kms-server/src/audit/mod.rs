@@ -1,15 +1,22 @@
 //! The audit log: one record for each use of a key, each token and each change of who may do what.
 //!
-//! A record is durable when [`Audit::record`] returns; nobody answers before that.
+//! A record is durable when [`Audit::record`] returns; nobody answers before that. Each line holds the hash of the line
+//! before it (`chain`); one thread writes, and many records that wait share one sync to disk (`sink`). Secrets have no
+//! place in a [`Record`]: keys, tokens and API keys are named by their ids.
+
+mod chain;
+mod sink;
 
 use kms_core::clock::Clock;
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use sink::Sink;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::time::Duration;
 use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
+
+/// A disk that takes longer than this for one record counts as lost.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What happened. Never holds key material, tokens or API keys: they are named by their ids.
 #[derive(Debug, Clone)]
@@ -34,73 +41,63 @@ pub enum Outcome {
     Refused(&'static str),
 }
 
+/// The log of this server. One process at a time writes to a file.
 #[derive(Debug)]
 pub struct Audit {
-    file: Arc<Mutex<File>>,
-    path: PathBuf,
+    sink: Sink,
     clock: Arc<dyn Clock>,
 }
 
 impl Audit {
-    /// Opens the log at `path`, creating it where there is none.
+    /// Opens the log at `path`, creating it where there is none, and continues its chain.
+    ///
+    /// What a crash left of a last line is moved into a file beside it, and that is recorded.
     ///
     /// # Errors
-    /// When the file cannot be opened for appending.
+    /// When the file cannot be opened, belongs to another process, or its last lines do not follow one another.
     pub fn open(path: &Path, clock: Arc<dyn Clock>) -> Result<Audit, AuditError> {
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(path)
-            .map_err(|cause| AuditError::Open { path: path.to_owned(), cause })?;
-        Ok(Audit { file: Arc::new(Mutex::new(file)), path: path.to_owned(), clock })
+        let sink = Sink::open(path, OffsetDateTime::from(clock.wall()))?;
+        Ok(Audit { sink, clock })
     }
 
     /// Returns when `record` is on disk.
     ///
     /// # Errors
-    /// When it cannot be written: the caller must not answer then.
+    /// When it cannot be written, or not in time: the caller must not answer then. The next record is tried anew.
     pub async fn record(&self, record: Record) -> Result<(), AuditError> {
-        let line = line(&record, OffsetDateTime::from(self.clock.wall()));
-        let file = self.file.clone();
-        let written = tokio::task::spawn_blocking(move || {
-            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-            file.write_all(line.as_bytes())?;
-            file.sync_data()
-        })
-        .await;
-        let cause = match written {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(cause)) => cause,
-            Err(cause) => std::io::Error::other(cause),
-        };
-        Err(AuditError::Write { path: self.path.clone(), cause })
+        let written = self.sink.submit(record, OffsetDateTime::from(self.clock.wall()))?;
+        match tokio::time::timeout(PATIENCE, written).await {
+            Ok(Ok(outcome)) => outcome,
+            // The writer has ended without an answer, or does not come back from the disk.
+            Ok(Err(_)) | Err(_) => Err(AuditError::TimedOut { path: self.sink.path().to_owned() }),
+        }
+    }
+
+    /// How many times records were synced to disk so far. Far fewer than records when many wait at once.
+    #[must_use]
+    pub fn syncs(&self) -> u64 {
+        self.sink.syncs()
     }
 }
 
-fn line(record: &Record, at: OffsetDateTime) -> String {
-    let outcome = match record.outcome {
-        Outcome::Done => "done",
-        Outcome::Refused(code) => code,
-    };
-    let value = serde_json::json!({
-        "at": at.format(&Rfc3339).unwrap_or_default(),
-        "action": record.action,
-        "outcome": outcome,
-        "caller": record.caller,
-        "api_key": record.api_key.map(|id| id.to_string()),
-        "instance": record.instance.map(|id| id.to_string()),
-        "key": record.key.map(|id| id.to_string()),
-        "version": record.version.map(|id| id.to_string()),
-        "correlation": record.correlation,
-    });
-    format!("{value}\n")
-}
-
 /// For the operator: the log cannot be written, so nothing is answered.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum AuditError {
     #[error("cannot open the audit log {}: {cause}", path.display())]
-    Open { path: PathBuf, cause: std::io::Error },
+    Open { path: PathBuf, cause: Arc<std::io::Error> },
+    #[error("cannot open the audit log {}: another process writes to it", path.display())]
+    InUse { path: PathBuf },
+    #[error(
+        "the audit log {} was changed or damaged: {what}. Keep the file for examination and move it away; \
+         a new one is begun",
+        path.display()
+    )]
+    Broken { path: PathBuf, what: String },
     #[error("cannot write the audit log {}: {cause}", path.display())]
-    Write { path: PathBuf, cause: std::io::Error },
+    Write { path: PathBuf, cause: Arc<std::io::Error> },
+    #[error("cannot write the audit log {}: the disk does not answer", path.display())]
+    TimedOut { path: PathBuf },
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,7 @@
 //! What is left when the server stops in the middle of something, and what the next start makes of it.
 
-mod common;
-
-use common::faulty_store::{Fault, Step};
-use common::{Server, new_key};
+use crate::harness::faulty_store::{Fault, Step};
+use crate::harness::{Server, new_key};
 use kms_hsm::memory;
 use kms_hsm::{Vault, VaultError};
 use kms_server::reconcile::{Difference, differences};

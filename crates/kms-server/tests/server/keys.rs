@@ -1,10 +1,8 @@
 //! The key API as its clients use it: every verb, both prefixes, both forms of an action, and what clients leave out.
 
-mod common;
-
+use crate::harness::{Server, http, new_key};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use common::{Server, http, new_key};
 use kms_core::wdek::{Wdek, WdekVersion};
 use kms_server::app::Settings;
 use serde_json::{Value, json};

@@ -6,13 +6,13 @@ use kms_server::store::{
     ApiKey, ApiKeyHash, FirstContent, Instance, Key, KnownVersion, NewKey, Page, ServiceId,
     SigningKey, SqliteStore, Store, StoreError, Version, Wanted,
 };
-use std::sync::{Mutex, PoisonError};
 use time::OffsetDateTime;
+use tokio::sync::watch;
 use uuid::Uuid;
 
 /// The steps at which a crash is worth a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub(crate) enum Step {
     BeginKey,
     ActivateKey,
     BeginVersion,
@@ -22,30 +22,38 @@ pub enum Step {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Fault {
+pub(crate) enum Fault {
     Before(Step),
     After(Step),
+    /// Waits until another fault or none is set.
+    Hold(Step),
     /// Nothing can be read or written.
     Away,
 }
 
 #[derive(Debug)]
-pub struct FaultyStore {
+pub(crate) struct FaultyStore {
     store: SqliteStore,
-    fault: Mutex<Option<Fault>>,
+    fault: watch::Sender<Option<Fault>>,
+    held: watch::Sender<bool>,
 }
 
 impl FaultyStore {
-    pub fn new(store: SqliteStore) -> Self {
-        FaultyStore { store, fault: Mutex::new(None) }
+    pub(crate) fn new(store: SqliteStore) -> Self {
+        FaultyStore { store, fault: watch::Sender::new(None), held: watch::Sender::new(false) }
     }
 
-    pub fn set_fault(&self, fault: Option<Fault>) {
-        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = fault;
+    pub(crate) fn set_fault(&self, fault: Option<Fault>) {
+        self.fault.send_replace(fault);
+    }
+
+    /// Returns once somebody waits at the step that is held.
+    pub(crate) async fn holds(&self) {
+        self.held.subscribe().wait_for(|held| *held).await.unwrap();
     }
 
     fn reach(&self, fault: Fault) -> Result<(), StoreError> {
-        let now = *self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = *self.fault.borrow();
         if now == Some(fault) || now == Some(Fault::Away) {
             return Err(StoreError::Unavailable(format!("switched off: {fault:?}")));
         }
@@ -63,6 +71,11 @@ impl FaultyStore {
         work: impl Future<Output = Result<T, StoreError>>,
     ) -> Result<T, StoreError> {
         self.reach(Fault::Before(step))?;
+        if *self.fault.borrow() == Some(Fault::Hold(step)) {
+            self.held.send_replace(true);
+            let _ =
+                self.fault.subscribe().wait_for(|fault| *fault != Some(Fault::Hold(step))).await;
+        }
         let done = work.await?;
         self.reach(Fault::After(step))?;
         Ok(done)

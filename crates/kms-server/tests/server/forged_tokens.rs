@@ -1,14 +1,12 @@
 //! Tokens that somebody else made, or that were changed: each is refused, by both listeners, with one answer.
 
-mod common;
-
+use crate::harness::{ISSUER, Server};
 use aws_lc_rs::hmac;
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::rsa::{KeyPair, KeySize};
 use aws_lc_rs::signature::RSA_PKCS1_SHA256;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use common::{ISSUER, Server};
 use kms_core::clock::Clock;
 use kms_hsm::Vault;
 use kms_server::store::Store;
@@ -83,45 +81,74 @@ fn hmac_with(key: &[u8], text: &str) -> String {
 #[tokio::test]
 async fn no_forged_token_is_taken() {
     let server = Server::start().await;
-    let good = server.admin().await;
-    let viewer = server.viewer().await;
-    let parts = Parts::of(&good);
-    let now = server.clock.wall().duration_since(UNIX_EPOCH).unwrap().as_secs();
-    let public = server.store.signing_key().await.unwrap().unwrap().public;
-    let (header, claims, signature) = (&parts.header, &parts.claims, &parts.signature);
-    let same = unsigned(header, claims);
+    let (good, viewer) = (server.admin().await, server.viewer().await);
+    let mut forged = patched(&good, &viewer);
+    forged.extend(other_algorithms(&server, &good).await);
+    forged.extend(other_headers(&server, &good).await);
+    forged.extend(other_claims(&server, &good).await);
+    assert!(forged.len() > 50);
 
-    let mut forged: Vec<(&str, String)> = vec![
+    let expected = server.call("x.y.z", "GET", "/keys", "").await;
+    assert_eq!(expected.status, 401);
+    for (what, token) in &forged {
+        let answer = server.call(token, "GET", "/keys", "").await;
+        assert_eq!((answer.status, &answer.body), (401, &expected.body), "{what}: {token}");
+        let managed = server.manage(token, "GET", "/v1/apikeys", "").await;
+        assert_eq!(managed.status, 401, "{what}: {token}");
+    }
+    let intact = signed_with_our_header(&server, &good, &Parts::of(&good).claims).await;
+    for token in [&good, &intact] {
+        assert_eq!(server.call(token, "GET", "/keys", "").await.status, 200);
+    }
+}
+
+type Forged = Vec<(&'static str, String)>;
+
+/// Put together from two good tokens, by somebody who cannot sign.
+fn patched(good: &str, viewer: &str) -> Forged {
+    let parts = Parts::of(good);
+    let same = unsigned(&parts.header, &parts.claims);
+    let (text, signature) = good.rsplit_once('.').unwrap();
+    let (_, other_signature) = viewer.rsplit_once('.').unwrap();
+    let theirs = &Parts::of(viewer).claims["iam_id"];
+    let promoted = unsigned(&parts.header, &parts.claims(json!({"iam_id": theirs})));
+    vec![
         ("two parts", same.clone()),
         ("no signature", format!("{same}.")),
         ("four parts", format!("{good}.x")),
         ("half a signature", good[..good.len() - 20].to_owned()),
-        ("another token's signature", {
-            let (text, _) = good.rsplit_once('.').unwrap();
-            let (_, other) = viewer.rsplit_once('.').unwrap();
-            format!("{text}.{other}")
-        }),
-        ("changed claims", {
-            let iam_id = format!("iam-ServiceId-{}", server.made.viewer.service_id);
-            format!("{}.{signature}", unsigned(header, &parts.claims(json!({"iam_id": iam_id}))))
-        }),
-        ("another key", signed_by_a_stranger(&good[..good.rfind('.').unwrap()])),
+        ("another token's signature", format!("{text}.{other_signature}")),
+        ("changed claims", format!("{promoted}.{signature}")),
+        ("another key", signed_by_a_stranger(text)),
         ("much too long", format!("{same}{}.{signature}", "A".repeat(8192))),
-    ];
+    ]
+}
+
+/// The header says how the token is to be checked; nobody must listen.
+async fn other_algorithms(server: &Server, good: &str) -> Forged {
+    let parts = Parts::of(good);
+    let (claims, signature) = (&parts.claims, &parts.signature);
+    let mut forged = Forged::new();
     for alg in ["none", "None", "NONE", "HS256", "RS384", "RS512", "PS256", "ES256", ""] {
         let header = parts.header(json!({"alg": alg}));
         forged.push(("another alg", format!("{}.{signature}", unsigned(&header, claims))));
-        forged.push(("another alg, signed", signed(&server, &header, claims).await));
+        forged.push(("another alg, signed", signed(server, &header, claims).await));
     }
     let none = unsigned(&parts.header(json!({"alg": "none"})), claims);
     forged.push(("alg none without a signature", format!("{none}.")));
     let hs256 = unsigned(&parts.header(json!({"alg": "HS256"})), claims);
-    forged.push(("HS256 with the modulus", hmac_with(&public.n, &hs256)));
-    forged.push((
-        "HS256 with the kid",
-        hmac_with(header["kid"].as_str().unwrap().as_bytes(), &hs256),
-    ));
-    forged.push(("HS256 with nothing", hmac_with(b"", &hs256)));
+    let public = server.store.signing_key().await.unwrap().unwrap().public;
+    let kid = parts.header["kid"].as_str().unwrap();
+    for key in [public.n.as_slice(), kid.as_bytes(), b""] {
+        forged.push(("HS256 with what everybody knows", hmac_with(key, &hs256)));
+    }
+    forged
+}
+
+/// Signed with the right key, but for a header of somebody else's making.
+async fn other_headers(server: &Server, good: &str) -> Forged {
+    let parts = Parts::of(good);
+    let mut forged = Forged::new();
     for change in [
         json!({"kid": null}),
         json!({"kid": "../../../dev/null"}),
@@ -129,15 +156,25 @@ async fn no_forged_token_is_taken() {
         json!({"kid": "20171030-00:00:00"}),
         json!({"jku": "https://evil.test/keys"}),
         json!({"x5u": "https://evil.test/cert"}),
-        json!({"jwk": {"kty": "RSA", "n": BASE64URL.encode(&public.n), "e": "AQAB"}}),
+        json!({"jwk": {"kty": "RSA", "n": "AQAB", "e": "AQAB"}}),
         json!({"x5c": ["MIIB"]}),
         json!({"crit": ["exp"], "exp": 0}),
         json!({"b64": false}),
         json!({"zip": "DEF"}),
         json!({"typ": "at+jwt"}),
     ] {
-        forged.push(("another header", signed(&server, &parts.header(change), claims).await));
+        let header = parts.header(change);
+        forged.push(("another header", signed(server, &header, &parts.claims).await));
     }
+    forged
+}
+
+/// Signed with the right key and header, but not by this issuer for this service, now, for somebody who exists.
+async fn other_claims(server: &Server, good: &str) -> Forged {
+    let parts = Parts::of(good);
+    let now = server.clock.wall().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let absent = "00000000-0000-4000-8000-000000000000";
+    let mut forged = Forged::new();
     for change in [
         json!({"iss": null}),
         json!({"iss": "https://iam.cloud.ibm.com/identity"}),
@@ -157,27 +194,14 @@ async fn no_forged_token_is_taken() {
         json!({"sub": null}),
         json!({"iam_id": null}),
         json!({"iam_id": "IBMid-270007EVTA"}),
-        json!({"iam_id": "iam-ServiceId-00000000-0000-4000-8000-000000000000"}),
+        json!({"iam_id": format!("iam-ServiceId-{absent}")}),
         json!({"api_key_id": null}),
-        json!({"api_key_id": "00000000-0000-4000-8000-000000000000"}),
+        json!({"api_key_id": absent}),
     ] {
-        let text = signed_with_our_header(&server, &good, &parts.claims(change)).await;
-        forged.push(("other claims", text));
+        let claims = parts.claims(change);
+        forged.push(("other claims", signed_with_our_header(server, good, &claims).await));
     }
-
-    let expected = server.call("x.y.z", "GET", "/keys", "").await;
-    assert_eq!(expected.status, 401);
-    for (what, token) in &forged {
-        let answer = server.call(token, "GET", "/keys", "").await;
-        assert_eq!((answer.status, &answer.body), (401, &expected.body), "{what}: {token}");
-        let managed = server.manage(token, "GET", "/v1/apikeys", "").await;
-        assert_eq!(managed.status, 401, "{what}: {token}");
-    }
-    assert!(forged.len() > 50);
-    let intact = signed_with_our_header(&server, &good, claims).await;
-    for token in [&good, &intact] {
-        assert_eq!(server.call(token, "GET", "/keys", "").await.status, 200);
-    }
+    forged
 }
 
 /// With the header byte for byte, so that only the claims can be what is refused.
@@ -218,7 +242,8 @@ async fn a_token_says_what_ibms_clients_read_and_its_key_is_published() {
     assert_eq!(parts.claims["sub"], format!("ServiceId-{service_id}"));
     assert_eq!((&parts.claims["iat"], &parts.claims["exp"]), (&json!(now), &json!(now + 3600)));
     let path = "/identity/keys";
-    let keys = common::http::ask(server.tokens, &server.ca(), "GET", path, &[], "").await.json();
+    let keys =
+        crate::harness::http::ask(server.tokens, &server.ca(), "GET", path, &[], "").await.json();
     assert_eq!(keys["keys"][0]["kid"], parts.header["kid"]);
     assert_eq!(keys["keys"][0]["alg"], "RS256");
     assert!(keys["keys"][0].get("use").is_none());

@@ -3,9 +3,7 @@
 //!
 //! Needs python3 with venv and pip. Without them the test says so and passes, except in CI, where it fails.
 
-mod common;
-
-use common::Server;
+use crate::harness::Server;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -19,7 +17,7 @@ async fn ibms_python_client_does_all_it_can_do_with_a_root_key() {
         Err(why) => return eprintln!("skipped: {PACKAGE} cannot be installed here: {why}"),
     };
     let server = Server::start().await;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/redstone_session.py");
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/server/redstone_session.py");
     let mut command = Command::new(python);
     command
         .arg(script)

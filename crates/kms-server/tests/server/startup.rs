@@ -1,9 +1,8 @@
 //! The binary itself, as far as it goes without an HSM: what it refuses to start with, and what it says then. And the
 //! health port of a running server.
 
-mod common;
-
-use common::{Server, http};
+use crate::harness::faulty_store::{self, Step};
+use crate::harness::{Server, http};
 use kms_hsm::VaultError;
 use kms_hsm::memory::Fault;
 use std::path::Path;
@@ -70,7 +69,7 @@ async fn a_configuration_is_checked_without_starting_anything() {
     std::fs::write(&file, bad).unwrap();
     let refused = run(&check);
     assert!(!refused.status.success());
-    for said in ["did you mean TLS_KEY_FILE?", "TLS_KEY_FILE is required", "PIN or PIN_FILE"] {
+    for said in ["did you mean TLS_KEY_FILE?", "TLS_KEY_FILE is missing", "HSM.PIN is empty"] {
         assert!(stderr(&refused).contains(said), "{said:?} is not in {}", stderr(&refused));
     }
 
@@ -108,8 +107,8 @@ async fn readiness_follows_the_hsm_and_liveness_does_not() {
 async fn a_peer_that_hangs_up_does_not_stop_an_operation_in_the_middle() {
     let server = Server::start().await;
     let token = server.admin().await;
-    server.vault.set_fault(Some(Fault::Hang));
-    let body = common::new_key("orphan");
+    server.store.set_fault(Some(faulty_store::Fault::Hold(Step::BeginKey)));
+    let body = crate::harness::new_key("orphan");
     let request = format!(
         "POST /api/v2/keys HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {token}\r\n\
          icp-instance: {}\r\ncontent-length: {}\r\n\r\n{body}",
@@ -118,10 +117,11 @@ async fn a_peer_that_hangs_up_does_not_stop_an_operation_in_the_middle() {
     );
     let mut stream = http::connect(server.keys, &server.ca()).await;
     stream.write_all(request.as_bytes()).await.unwrap();
-    // The connection is over before the HSM has done anything at all.
+    server.store.holds().await;
+    // The connection is over before the HSM has made anything.
     stream.shutdown().await.unwrap();
     drop(stream);
-    server.vault.set_fault(None);
+    server.store.set_fault(None);
     for _ in 0..500 {
         if server.audit().contains("create_key") {
             return;

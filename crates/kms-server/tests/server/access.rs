@@ -1,10 +1,8 @@
 //! Who may do what, over the wire: the matrix of every route, every role and every tenant, from the route table
 //! itself.
 
-mod common;
-
-use common::http::Answer;
-use common::{Server, http, new_key};
+use crate::harness::http::Answer;
+use crate::harness::{Server, http, new_key};
 use kms_server::http::{KEY_ROUTES, MANAGEMENT_ROUTES, Route};
 use kms_server::policy::{Action, Role, Scope, permits};
 use serde_json::json;

@@ -1,8 +1,6 @@
 //! Our own clients against our own server: what one writes the other reads.
 
-mod common;
-
-use common::Server;
+use crate::harness::Server;
 use kms_api::client::{
     Ca, Call, ClientSettings, Error, KeyProtect, KeyQuery, Management, NewKey, USER_AGENT,
 };

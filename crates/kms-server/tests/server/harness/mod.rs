@@ -1,15 +1,8 @@
 //! The whole server over real sockets: TLS, three listeners, SQLite in a fresh directory, a vault in memory, and a
 //! clock that moves only when told to.
 
-#![allow(
-    dead_code,
-    unreachable_pub,
-    clippy::allow_attributes,
-    reason = "every test binary uses its own part of this harness"
-)]
-
-pub mod faulty_store;
-pub mod http;
+pub(crate) mod faulty_store;
+pub(crate) mod http;
 
 use faulty_store::FaultyStore;
 use http::Answer;
@@ -35,26 +28,28 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use uuid::Uuid;
 
-pub const ISSUER: &str = "https://tokens.test/identity";
+pub(crate) const ISSUER: &str = "https://tokens.test/identity";
 
 /// A running server, stopped when dropped.
-pub struct Server {
-    pub app: Arc<App>,
-    pub keys: SocketAddr,
-    pub tokens: SocketAddr,
-    pub health: SocketAddr,
-    pub made: Made,
-    pub clock: Arc<ManualClock>,
-    pub vault: Arc<MemoryVault>,
-    pub store: Arc<FaultyStore>,
-    pub dir: Arc<TempDir>,
+pub(crate) struct Server {
+    pub(crate) app: Arc<App>,
+    pub(crate) keys: SocketAddr,
+    pub(crate) tokens: SocketAddr,
+    pub(crate) health: SocketAddr,
+    pub(crate) made: Made,
+    pub(crate) clock: Arc<ManualClock>,
+    pub(crate) vault: Arc<MemoryVault>,
+    pub(crate) store: Arc<FaultyStore>,
+    pub(crate) dir: Arc<TempDir>,
     shutdown: Shutdown,
+    serving: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    pub async fn start() -> Server {
+    pub(crate) async fn start() -> Server {
         Server::start_with(Settings {
             wdek_version: WdekVersion::V2_1_0,
             min_rotation_interval: Duration::ZERO,
@@ -62,7 +57,7 @@ impl Server {
         .await
     }
 
-    pub async fn start_with(settings: Settings) -> Server {
+    pub(crate) async fn start_with(settings: Settings) -> Server {
         let dir = Arc::new(TempDir::new().unwrap());
         make_certificates(dir.path());
         // Tokens are told apart from real time, certificates are not: start where both agree.
@@ -76,13 +71,12 @@ impl Server {
         Server::run(dir, clock, vault, store, settings, made).await
     }
 
-    /// Stops this server as a crash does, and starts another one over the same database and HSM.
-    pub async fn restart(self) -> Server {
-        let Server { app, made, clock, vault, store, dir, shutdown, .. } = &self;
-        shutdown.request();
-        store.set_fault(None);
-        let (dir, clock, vault) = (dir.clone(), clock.clone(), vault.clone());
-        let (settings, made) = (app.settings, clone(made));
+    /// Another server over the same database, HSM and audit log, once this one has ended.
+    pub(crate) async fn restart(mut self) -> Server {
+        self.shutdown.request();
+        self.serving.take().unwrap().await.unwrap();
+        let (dir, clock, vault) = (self.dir.clone(), self.clock.clone(), self.vault.clone());
+        let (settings, made) = (self.app.settings, clone(&self.made));
         drop(self);
         let store = SqliteStore::open(&dir.path().join("kms.db"), false).await.unwrap();
         Server::run(dir, clock, vault, store, settings, made).await
@@ -120,34 +114,35 @@ impl Server {
         let acceptor =
             tls::acceptor(&dir.path().join("tls.crt"), &dir.path().join("tls.key")).unwrap();
         let shutdown = Shutdown::new();
-        tokio::spawn(app::serve(app.clone(), listeners, acceptor, shutdown.clone()));
-        Server { app, keys, tokens, health, made, clock, vault, store, dir, shutdown }
+        let serving =
+            Some(tokio::spawn(app::serve(app.clone(), listeners, acceptor, shutdown.clone())));
+        Server { app, keys, tokens, health, made, clock, vault, store, dir, shutdown, serving }
     }
 
-    pub fn ca(&self) -> PathBuf {
+    pub(crate) fn ca(&self) -> PathBuf {
         self.dir.path().join("ca.crt")
     }
 
-    pub fn instance(&self) -> Uuid {
+    pub(crate) fn instance(&self) -> Uuid {
         self.made.instance
     }
 
-    pub async fn admin(&self) -> String {
+    pub(crate) async fn admin(&self) -> String {
         self.token(&self.made.admin.api_key).await
     }
 
-    pub async fn viewer(&self) -> String {
+    pub(crate) async fn viewer(&self) -> String {
         self.token(&self.made.viewer.api_key).await
     }
 
     /// A token from the token service.
-    pub async fn token(&self, api_key: &SecretText) -> String {
+    pub(crate) async fn token(&self, api_key: &SecretText) -> String {
         let answer = self.ask_token(api_key.expose()).await;
         assert_eq!(answer.status, 200, "{answer:?}");
         answer.json()["access_token"].as_str().unwrap().to_owned()
     }
 
-    pub async fn ask_token(&self, api_key: &str) -> Answer {
+    pub(crate) async fn ask_token(&self, api_key: &str) -> Answer {
         let form = format!(
             "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={api_key}&response_type=cloud_iam"
         );
@@ -156,11 +151,11 @@ impl Server {
     }
 
     /// A call to the key API, in the server's own instance.
-    pub async fn call(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
+    pub(crate) async fn call(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
         self.call_in(self.instance(), token, method, path, body).await
     }
 
-    pub async fn call_in(
+    pub(crate) async fn call_in(
         &self,
         instance: Uuid,
         token: &str,
@@ -175,25 +170,25 @@ impl Server {
     }
 
     /// A call to the management part of the token service.
-    pub async fn manage(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
+    pub(crate) async fn manage(&self, token: &str, method: &str, path: &str, body: &str) -> Answer {
         let bearer = format!("Bearer {token}");
         let headers = [("authorization", bearer.as_str())];
         http::ask(self.tokens, &self.ca(), method, path, &headers, body).await
     }
 
     /// A new root key.
-    pub async fn create(&self, token: &str, name: &str) -> Value {
+    pub(crate) async fn create(&self, token: &str, name: &str) -> Value {
         let answer = self.call(token, "POST", "/keys", &new_key(name)).await;
         assert_eq!(answer.status, 201, "{answer:?}");
         answer.json()["resources"][0].clone()
     }
 
-    pub async fn create_id(&self, token: &str, name: &str) -> String {
+    pub(crate) async fn create_id(&self, token: &str, name: &str) -> String {
         self.create(token, name).await["id"].as_str().unwrap().to_owned()
     }
 
     /// A WDEK and the version that wrapped it.
-    pub async fn wrap(&self, token: &str, key: &str, plaintext: &str) -> (String, String) {
+    pub(crate) async fn wrap(&self, token: &str, key: &str, plaintext: &str) -> (String, String) {
         let body = json!({ "plaintext": plaintext }).to_string();
         let answer = self.call(token, "POST", &format!("/keys/{key}/actions/wrap"), &body).await;
         assert_eq!(answer.status, 200, "{answer:?}");
@@ -202,17 +197,17 @@ impl Server {
         (text(&json["ciphertext"]), text(&json["keyVersion"]["id"]))
     }
 
-    pub async fn unwrap(&self, token: &str, key: &str, ciphertext: &str) -> Answer {
+    pub(crate) async fn unwrap(&self, token: &str, key: &str, ciphertext: &str) -> Answer {
         let body = json!({ "ciphertext": ciphertext }).to_string();
         self.call(token, "POST", &format!("/keys/{key}/actions/unwrap"), &body).await
     }
 
-    pub async fn rotate(&self, token: &str, key: &str) -> Answer {
+    pub(crate) async fn rotate(&self, token: &str, key: &str) -> Answer {
         self.call(token, "POST", &format!("/keys/{key}/actions/rotate"), "").await
     }
 
     /// A service ID with `role`, and the token of its API key.
-    pub async fn identity(&self, role: Role, scope: Scope) -> (Caller, String) {
+    pub(crate) async fn identity(&self, role: Role, scope: Scope) -> (Caller, String) {
         let id = || async { random_uuid(&*self.vault).await.unwrap() };
         let (service_id, api_key) = (id().await, id().await);
         let created_at = self.clock.wall().into();
@@ -227,7 +222,7 @@ impl Server {
         (Caller { service_id, api_key, grant }, token)
     }
 
-    pub async fn other_instance(&self) -> Uuid {
+    pub(crate) async fn other_instance(&self) -> Uuid {
         let id = random_uuid(&*self.vault).await.unwrap();
         let created_at = self.clock.wall().into();
         let instance = Instance { id, name: format!("tenant {id}"), created_at };
@@ -236,7 +231,7 @@ impl Server {
     }
 
     /// What the audit log holds, as text.
-    pub fn audit(&self) -> String {
+    pub(crate) fn audit(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("audit.log")).unwrap()
     }
 }
@@ -247,7 +242,7 @@ impl Drop for Server {
     }
 }
 
-pub fn new_key(name: &str) -> String {
+pub(crate) fn new_key(name: &str) -> String {
     json!({
         "metadata": {"collectionType": "application/vnd.ibm.kms.key+json", "collectionTotal": 1},
         "resources": [{

@@ -1,8 +1,6 @@
 //! The token service's refusals, and management of instances, service IDs and API keys.
 
-mod common;
-
-use common::{Server, http};
+use crate::harness::{Server, http};
 use kms_core::secret::SecretText;
 use kms_server::policy::{Role, Scope};
 use serde_json::json;

@@ -13,30 +13,30 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 
 #[derive(Debug)]
-pub struct Answer {
-    pub status: u16,
-    pub headers: Vec<(String, String)>,
-    pub body: String,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
+    pub(crate) body: String,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
     }
 
     /// The text that a refusal shows, in either dialect.
-    pub fn message(&self) -> String {
+    pub(crate) fn message(&self) -> String {
         let json = self.json();
         let key_api = json["resources"][0]["errorMsg"].as_str();
         key_api.or(json["errorMessage"].as_str()).unwrap_or_default().to_owned()
     }
 }
 
-pub async fn ask(
+pub(crate) async fn ask(
     address: SocketAddr,
     ca: &Path,
     method: &str,
@@ -62,7 +62,10 @@ pub async fn ask(
     parse(&String::from_utf8(text).unwrap())
 }
 
-pub async fn connect(address: SocketAddr, ca: &Path) -> tokio_rustls::client::TlsStream<TcpStream> {
+pub(crate) async fn connect(
+    address: SocketAddr,
+    ca: &Path,
+) -> tokio_rustls::client::TlsStream<TcpStream> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

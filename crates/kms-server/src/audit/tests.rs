@@ -1,0 +1,257 @@
+//! The log as its users and its enemies see it: crashes, full disks, other hands on the file.
+
+use super::chain::Link;
+use super::*;
+use kms_core::clock::ManualClock;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use tempfile::TempDir;
+
+struct Place {
+    folder: TempDir,
+    path: PathBuf,
+}
+
+impl Place {
+    fn new() -> Place {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.log");
+        Place { folder, path }
+    }
+
+    fn open(&self) -> Result<Audit, AuditError> {
+        Audit::open(&self.path, Arc::new(ManualClock::new()))
+    }
+
+    async fn write(&self, count: usize) {
+        let audit = self.open().unwrap();
+        for _ in 0..count {
+            audit.record(record()).await.unwrap();
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        fs::read(&self.path).unwrap()
+    }
+
+    /// Follows the whole chain of one file, from its first line.
+    fn check(&self) -> u64 {
+        check(&self.bytes(), Link::start()).seq
+    }
+
+    fn torn(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.folder.path()).unwrap();
+        let paths = entries.map(|entry| entry.unwrap().path());
+        paths.filter(|path| path.to_string_lossy().contains(".torn-")).collect()
+    }
+}
+
+fn record() -> Record {
+    Record {
+        action: "wrap",
+        outcome: Outcome::Done,
+        caller: Some("iam-ServiceId-7".into()),
+        api_key: Some(Uuid::from_u128(1)),
+        instance: Some(Uuid::from_u128(2)),
+        key: Some(Uuid::from_u128(3)),
+        version: Some(Uuid::from_u128(4)),
+        correlation: Some("request".into()),
+    }
+}
+
+fn check(bytes: &[u8], start: Link) -> Link {
+    assert!(bytes.is_empty() || bytes.ends_with(b"\n"));
+    let lines = bytes.split_inclusive(|byte| *byte == b'\n');
+    lines.fold(start, |link, line| link.follow(&line[..line.len() - 1]).unwrap())
+}
+
+#[tokio::test]
+async fn a_record_is_in_the_file_when_it_is_answered() {
+    let place = Place::new();
+    let audit = place.open().unwrap();
+    for seq in 1..=3 {
+        audit.record(record()).await.unwrap();
+        assert_eq!(place.check(), seq);
+    }
+    let mode = fs::metadata(&place.path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[tokio::test]
+async fn a_reopened_log_continues_its_chain() {
+    let place = Place::new();
+    for opened in 1..=3 {
+        place.write(5).await;
+        assert_eq!(place.check(), opened * 5);
+    }
+    assert_eq!(place.torn(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn a_long_log_is_continued_from_its_end() {
+    let place = Place::new();
+    let audit = Arc::new(place.open().unwrap());
+    write_at_once(&audit, 2000).await;
+    drop(audit);
+    assert!(place.bytes().len() > 512 * 1024, "longer than what is read at opening");
+    place.write(1).await;
+    assert_eq!(place.check(), 2001);
+}
+
+#[tokio::test]
+async fn records_that_wait_together_share_a_sync() {
+    let place = Place::new();
+    let audit = Arc::new(place.open().unwrap());
+    write_at_once(&audit, 1000).await;
+    assert_eq!(place.check(), 1000);
+    assert!(audit.syncs() < 500, "{} syncs for 1000 records", audit.syncs());
+}
+
+#[tokio::test]
+async fn a_line_torn_at_any_byte_is_set_aside_and_recorded() {
+    let place = Place::new();
+    place.write(3).await;
+    let whole = place.bytes();
+    let last = whole[..whole.len() - 1].iter().rposition(|byte| *byte == b'\n').unwrap() + 1;
+    for cut in last + 1..whole.len() {
+        let place = Place::new();
+        fs::write(&place.path, &whole[..cut]).unwrap();
+        place.write(1).await;
+        // Two records from before, one about the torn line, one new.
+        assert_eq!(place.check(), 4, "cut at {cut}");
+        let [aside] = &place.torn()[..] else { panic!("cut at {cut}: {:?}", place.torn()) };
+        assert_eq!(fs::read(aside).unwrap(), &whole[last..cut]);
+        let text = String::from_utf8(place.bytes()).unwrap();
+        let third = text.lines().nth(2).unwrap();
+        assert!(third.contains("\"action\":\"audit_recovered\""), "{third}");
+        assert!(third.contains("\"correlation\":\"audit.log.torn-3\""), "{third}");
+    }
+}
+
+#[tokio::test]
+async fn blocks_that_never_reached_the_disk_are_set_aside() {
+    let place = Place::new();
+    place.write(2).await;
+    let mut bytes = place.bytes();
+    let lost = [&[0; 100][..], b"\"outcome\":\"done\"}\n{\"seq\":5"].concat();
+    bytes.extend_from_slice(&lost);
+    fs::write(&place.path, bytes).unwrap();
+    place.write(1).await;
+    assert_eq!(place.check(), 4);
+    assert_eq!(fs::read(&place.torn()[0]).unwrap(), lost);
+}
+
+#[tokio::test]
+async fn a_crash_while_setting_aside_is_repeated_safely() {
+    let place = Place::new();
+    place.write(1).await;
+    let mut bytes = place.bytes();
+    bytes.extend_from_slice(b"{\"seq\":2,");
+    fs::write(&place.path, &bytes).unwrap();
+    fs::write(place.folder.path().join("audit.log.torn-2"), b"{\"se").unwrap();
+    place.write(1).await;
+    assert_eq!(place.check(), 3);
+    assert_eq!(fs::read(&place.torn()[0]).unwrap(), b"{\"seq\":2,");
+}
+
+#[tokio::test]
+async fn a_changed_log_is_not_continued() {
+    let place = Place::new();
+    place.write(5).await;
+    let whole = place.bytes();
+    let text = String::from_utf8(whole.clone()).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let without_third = [lines[0], lines[1], lines[3], lines[4], ""].join("\n");
+    let another_caller = text.replacen("ServiceId-7", "ServiceId-8", 1);
+    let junk_line = format!("{text}not a record\n");
+    for changed in [without_third, another_caller, junk_line] {
+        fs::write(&place.path, &changed).unwrap();
+        assert!(matches!(place.open(), Err(AuditError::Broken { .. })), "{changed}");
+        assert_eq!(place.bytes(), changed.as_bytes(), "evidence must stay as it is");
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_is_reported_and_used_again_when_it_has_room() {
+    let place = Place::new();
+    symlink("/dev/full", &place.path).unwrap();
+    let audit = place.open().unwrap();
+    for _ in 0..3 {
+        let refused = audit.record(record()).await;
+        assert!(
+            matches!(&refused, Err(AuditError::Write { cause, .. })
+                if cause.kind() == std::io::ErrorKind::StorageFull),
+            "{refused:?}"
+        );
+    }
+    fs::remove_file(&place.path).unwrap();
+    audit.record(record()).await.unwrap();
+    assert_eq!(place.check(), 1);
+}
+
+#[tokio::test]
+async fn a_file_rotated_away_is_followed_by_one_that_continues_the_chain() {
+    let place = Place::new();
+    let audit = place.open().unwrap();
+    audit.record(record()).await.unwrap();
+    audit.record(record()).await.unwrap();
+    let old = place.folder.path().join("audit.log.1");
+    fs::rename(&place.path, &old).unwrap();
+    audit.record(record()).await.unwrap();
+    let end_of_old = check(&fs::read(&old).unwrap(), Link::start());
+    assert_eq!((end_of_old.seq, check(&place.bytes(), end_of_old.clone()).seq), (2, 3));
+    drop(audit);
+    // Also after a restart.
+    place.write(1).await;
+    assert_eq!(check(&place.bytes(), end_of_old).seq, 4);
+}
+
+#[tokio::test]
+async fn other_hands_on_the_file_are_noticed_while_it_is_open() {
+    let place = Place::new();
+    let audit = place.open().unwrap();
+    audit.record(record()).await.unwrap();
+    let first = place.bytes();
+    audit.record(record()).await.unwrap();
+    let both = place.bytes();
+
+    fs::write(&place.path, &first).unwrap();
+    let refused = audit.record(record()).await;
+    assert!(matches!(refused, Err(AuditError::Broken { .. })), "cut: {refused:?}");
+
+    let forged = String::from_utf8(both.clone()).unwrap().replace("ServiceId-7", "ServiceId-88");
+    fs::write(&place.path, forged).unwrap();
+    let refused = audit.record(record()).await;
+    assert!(matches!(refused, Err(AuditError::Broken { .. })), "forged: {refused:?}");
+
+    fs::write(&place.path, &both).unwrap();
+    audit.record(record()).await.unwrap();
+    assert_eq!(place.check(), 3);
+}
+
+#[tokio::test]
+async fn one_process_at_a_time_writes() {
+    let place = Place::new();
+    let audit = place.open().unwrap();
+    assert!(matches!(place.open(), Err(AuditError::InUse { .. })));
+    drop(audit);
+    assert!(place.open().is_ok());
+}
+
+#[tokio::test]
+async fn a_folder_that_is_not_there_is_named() {
+    let audit = Audit::open(Path::new("/nowhere/audit.log"), Arc::new(ManualClock::new()));
+    let text = audit.unwrap_err().to_string();
+    assert!(text.starts_with("cannot open the audit log /nowhere/audit.log: "), "{text}");
+}
+
+async fn write_at_once(audit: &Arc<Audit>, count: usize) {
+    let mut writers = tokio::task::JoinSet::new();
+    for _ in 0..count {
+        let audit = audit.clone();
+        writers.spawn(async move { audit.record(record()).await });
+    }
+    while let Some(written) = writers.join_next().await {
+        written.unwrap().unwrap();
+    }
+}
