@@ -109,7 +109,7 @@ fn mebibytes(kib: u64) -> String {
 }
 
 fn start_plugin(dir: &Path, programs: Programs) -> Result<Chain> {
-    packages::ensure()?;
+    packages::for_the_chain()?;
     let options = Options {
         dir,
         programs,

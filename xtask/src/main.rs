@@ -52,7 +52,7 @@ fn main() -> ExitCode {
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Envtest(args) => envtest::run(&args),
-        Verb::Packages => packages::ensure().map(|()| ExitCode::SUCCESS),
+        Verb::Packages => packages::for_the_tests().map(|()| ExitCode::SUCCESS),
         Verb::Bench(verb) => bench::run(&verb),
         Verb::Fuzz(args) => fuzz::run(&args),
     });

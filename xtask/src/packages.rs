@@ -4,12 +4,28 @@ use std::process::Command;
 
 use keelson_e2e::{Error, Result, process, softhsm};
 
+/// What a running chain needs.
+///
+/// # Errors
+/// As [`ensure`].
+pub(crate) fn for_the_chain() -> Result<()> {
+    ensure(&[SOFTHSM2])
+}
+
+/// What a running chain and the tests need.
+///
+/// # Errors
+/// As [`ensure`].
+pub(crate) fn for_the_tests() -> Result<()> {
+    ensure(&[SOFTHSM2, PYTHON3_VENV])
+}
+
 /// Installs what is missing when that is possible without asking, and says so.
 ///
 /// # Errors
 /// When something is missing and cannot be installed: names it and the command.
-pub(crate) fn ensure() -> Result<()> {
-    let missing: Vec<&Package> = PACKAGES.iter().filter(|package| !(package.is_there)()).collect();
+fn ensure(packages: &[Package]) -> Result<()> {
+    let missing: Vec<&Package> = packages.iter().filter(|package| !(package.is_there)()).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -49,11 +65,21 @@ struct Package {
     is_there: fn() -> bool,
 }
 
-const PACKAGES: &[Package] = &[Package {
+const SOFTHSM2: Package = Package {
     name: "softhsm2",
     reason: "the HSM of the demo and of the tests",
     is_there: || softhsm::library().is_some(),
-}];
+};
+
+const PYTHON3_VENV: Package = Package {
+    name: "python3-venv",
+    reason: "IBM's own Python client, which the tests run against kms-server",
+    is_there: || {
+        let mut python = Command::new("python3");
+        python.args(["-c", "import venv, ensurepip"]);
+        process::stdout(python, b"").is_ok()
+    },
+};
 
 fn apt(args: &[&str]) -> Result<()> {
     let mut command = Command::new("apt-get");

@@ -51,7 +51,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 /// What the tests need: without it there is nothing to count.
 fn prepare(args: &Args, report: &mut Report) -> Result<()> {
-    report.phase("Debian packages", || packages::ensure().map(|()| true))?;
+    report.phase("Debian packages", || packages::for_the_tests().map(|()| true))?;
     if args.quick {
         return Ok(());
     }

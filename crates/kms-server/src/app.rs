@@ -3,6 +3,7 @@
 use crate::audit::Audit;
 use crate::http;
 use crate::metrics::Metrics;
+use crate::reconcile;
 use crate::store::{Store, StoreError};
 use crate::tls;
 use crate::token::Issuer;
@@ -56,7 +57,7 @@ impl App {
     }
 }
 
-/// Serves until the shutdown is requested and what ran then has been answered.
+/// Serves until the shutdown is requested and what ran then has been answered; the store is closed then.
 pub async fn serve(app: Arc<App>, listeners: Listeners, tls: TlsAcceptor, shutdown: Shutdown) {
     let keys = {
         let app = app.clone();
@@ -72,6 +73,7 @@ pub async fn serve(app: Arc<App>, listeners: Listeners, tls: TlsAcceptor, shutdo
         admin::serve(listeners.health, health_routes(&app), shutdown.clone()),
         watch_health(&app, &shutdown),
     );
+    app.store.close().await;
 }
 
 /// What the last probe found: `Err` says what is missing.
@@ -110,14 +112,26 @@ fn health_routes(app: &Arc<App>) -> admin::Routes {
 
 async fn watch_health(app: &App, shutdown: &Shutdown) {
     loop {
-        let found = check(app).await;
+        let (before, found) = (app.health.last(), check(app).await);
         app.metrics.ready(found.is_ok());
-        log_change(&app.health.last(), &found);
+        log_change(&before, &found);
+        let back = before.is_err() && found.is_ok();
         app.health.set(found);
+        if back {
+            compare(app).await;
+        }
         tokio::select! {
             () = shutdown.requested() => return,
             () = tokio::time::sleep(PROBE_INTERVAL) => {}
         }
+    }
+}
+
+/// At the start, and whenever the HSM was away: it may have come back with other keys in it.
+async fn compare(app: &App) {
+    match reconcile::differences(&*app.vault, &*app.store).await {
+        Ok(found) => reconcile::report(&found),
+        Err(error) => tracing::warn!("HSM and database cannot be compared: {error}"),
     }
 }
 

@@ -41,8 +41,8 @@ pub struct Hsm {
     pub library: PathBuf,
     pub token_label: String,
     pub pin: SecretText,
-    /// Only `kms-server init` uses it, and only where there is no such token yet.
-    pub so_pin: Option<SecretText>,
+    /// Only `kms-server init` reads it, and only where there is no such token yet.
+    pub so_pin_file: Option<PathBuf>,
     pub sessions: usize,
     pub queue: usize,
     pub deadline: Duration,
@@ -134,7 +134,7 @@ fn hsm(section: &mut Section<'_>) -> Hsm {
         library: section.required("PKCS11_LIBRARY").into(),
         token_label: section.required("TOKEN_LABEL"),
         pin: pin(section),
-        so_pin: secret_file(section, "SO_PIN_FILE"),
+        so_pin_file: section.text("SO_PIN_FILE").map(PathBuf::from),
         sessions: count(section.number("SESSIONS", 1..=64, 2)),
         queue: count(section.number("QUEUE", 1..=65_536, 256)),
         deadline: Duration::from_millis(section.number(
@@ -163,13 +163,20 @@ fn pin(section: &mut Section<'_>) -> SecretText {
 
 fn secret_file(section: &mut Section<'_>, name: &'static str) -> Option<SecretText> {
     let path = section.text(name)?;
-    match std::fs::read_to_string(&path).map(SecretText::new) {
-        Ok(text) => Some(SecretText::new(text.expose().trim_end_matches(['\r', '\n']).to_owned())),
-        Err(cause) => {
-            section.mistake(name, &format!("names {path}, which cannot be read: {cause}"));
-            None
-        }
-    }
+    read_secret(Path::new(&path))
+        .map_err(|cause| {
+            section.mistake(name, &format!("names {path}, which cannot be read: {cause}"))
+        })
+        .ok()
+}
+
+/// The first and only line of a file.
+///
+/// # Errors
+/// Those of reading it.
+pub fn read_secret(path: &Path) -> std::io::Result<SecretText> {
+    let text = std::fs::read_to_string(path).map(SecretText::new)?;
+    Ok(SecretText::new(text.expose().trim_end_matches(['\r', '\n']).to_owned()))
 }
 
 fn log(section: &mut Section<'_>) -> telemetry::Settings {

@@ -4,7 +4,7 @@
 //! anything in it, nothing is done.
 
 use crate::audit::{Audit, AuditError, Outcome, Record};
-use crate::config::{Config, Hsm};
+use crate::config::{Config, Hsm, read_secret};
 use crate::ops::api_keys::random_api_key;
 use crate::ops::issue_token::hash;
 use crate::policy::{Grant, Role, Scope};
@@ -44,6 +44,8 @@ pub enum InitError {
          with `kmsctl`, or name another DATABASE_URL"
     )]
     Done { database: String },
+    #[error("cannot read SO_PIN_FILE {path}: {cause}")]
+    SoPin { path: String, cause: std::io::Error },
     #[error("HSM: {0}")]
     Vault(#[from] VaultError),
     #[error(transparent)]
@@ -62,7 +64,9 @@ pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitEr
     let audit = Audit::open(&config.server.audit_file, clock.clone())?;
     make_token_where_asked(&config.hsm)?;
     let vault = open_vault(&config.hsm)?;
-    fill(&store, &vault, &audit, clock.wall().into()).await
+    let made = fill(&store, &vault, &audit, clock.wall().into()).await;
+    store.close().await;
+    made
 }
 
 /// The vault that the configuration names.
@@ -168,15 +172,17 @@ async fn identity(
 }
 
 /// With an SO PIN at hand a missing token is made. One that is there is never initialised again.
-fn make_token_where_asked(hsm: &Hsm) -> Result<(), VaultError> {
-    let Some(so_pin) = &hsm.so_pin else { return Ok(()) };
-    match pkcs11::init_token(&hsm.library, &hsm.token_label, so_pin, &hsm.pin) {
+fn make_token_where_asked(hsm: &Hsm) -> Result<(), InitError> {
+    let Some(path) = &hsm.so_pin_file else { return Ok(()) };
+    let so_pin = read_secret(path)
+        .map_err(|cause| InitError::SoPin { path: path.display().to_string(), cause })?;
+    match pkcs11::init_token(&hsm.library, &hsm.token_label, &so_pin, &hsm.pin) {
         Ok(token) => {
             tracing::info!("Made {token}.");
             Ok(())
         }
         Err(VaultError::Exists) => Ok(()),
-        Err(other) => Err(other),
+        Err(other) => Err(other.into()),
     }
 }
 

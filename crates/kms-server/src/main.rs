@@ -11,7 +11,7 @@ use kms_server::config::Config;
 use kms_server::metrics::Metrics;
 use kms_server::store::{SigningKey, SqliteStore, Store};
 use kms_server::token::Issuer;
-use kms_server::{init, reconcile, tls};
+use kms_server::{init, tls};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -96,7 +96,6 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     let listeners = bind(&config).await?;
     let shutdown = Shutdown::new();
     watch_signals(shutdown.clone(), Arc::new(Notify::new()))?;
-    compare(&app).await;
     tracing::info!("The key service is started on {}.", config.server.keys_address);
     tracing::info!("The token service is started on {}.", config.server.tokens_address);
     app::serve(app, listeners, tls, shutdown).await;
@@ -158,14 +157,6 @@ async fn listen(address: SocketAddr, name: &str) -> Result<TcpListener, Failure>
     TcpListener::bind(address)
         .await
         .map_err(|e| format!("cannot listen on {name} {address}: {e}").into())
-}
-
-/// With the HSM away the comparison is left out: the server starts, is not ready, and says so.
-async fn compare(app: &App) {
-    match reconcile::differences(&*app.vault, &*app.store).await {
-        Ok(found) => reconcile::report(&found),
-        Err(error) => tracing::warn!("HSM and database cannot be compared: {error}"),
-    }
 }
 
 fn not_initialised(config: &Config) -> Failure {

@@ -26,7 +26,9 @@ use tokio_rustls::TlsAcceptor;
 const MAX_CONNECTIONS: usize = 512;
 /// A peer that is slower than this does not hold one of them.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Counts between requests as well: longer than clients keep an idle connection (ours: 90 s), or they would lose
+/// requests to the closing of it.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(100);
 /// From the header to the answer: longer than every deadline behind it together.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long requests that run when the server ends may still take.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use keelson_e2e::chain::{Chain, Cluster};
+use keelson_e2e::chain::{Chain, Cluster, run_folder};
 use keelson_e2e::{Error, Result, assets, pki, wait};
 use rustix::process::{Pid, Signal};
 
@@ -19,17 +19,16 @@ pub(super) fn release(chain: Chain, folder: &Path) -> Result<()> {
     pki::write_private(&script, &env)?;
     pki::write_file(&record(), &running(&chain)?)?;
     let Chain { cluster, plugin, key_service, .. } = chain;
-    let mut released = vec![plugin.server.release()?, key_service.server.release()?];
+    plugin.server.release()?;
+    key_service.server.release()?;
+    println!("\nEverything is left running. To try it:\n\n  source {}", script.display());
     if let Some(Cluster { apiserver, etcd, .. }) = cluster {
-        released.extend([apiserver.server.release()?, etcd.process.release()]);
+        apiserver.server.release()?;
+        etcd.process.release();
+        println!("  kubectl get secret secret1 -o yaml");
+        println!("  etcdctl get /registry/secrets/default/secret1 | kmsctl inspect -");
     }
-    println!(
-        "\n{} processes are left running. To try them:\n\n  source {}\n  kubectl get secret secret1 -o yaml\n  \
-         etcdctl get /registry/secrets/default/secret1 | kmsctl inspect -\n  kmsctl keys list\n\n\
-         `cargo xtask demo --stop` ends them.",
-        released.len(),
-        script.display()
-    );
+    println!("  kmsctl keys list\n\n`cargo xtask demo --stop` ends it.");
     Ok(())
 }
 
@@ -53,6 +52,22 @@ pub(super) fn stop_earlier() -> Result<()> {
     let ended = end_recorded()?;
     if ended > 0 {
         println!("-> ended an earlier demo ({ended} processes)");
+    }
+    Ok(())
+}
+
+/// Removes what an ended demo leaves: the HSM's token and its PIN are among it. After a failure it stays, for its logs.
+///
+/// # Errors
+/// When a file cannot be removed.
+pub(super) fn remove_files() -> Result<()> {
+    for folder in [run_folder("demo"), super::folder()] {
+        match fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::machine(format!("remove {}", folder.display()))(error));
+            }
+            _ => (),
+        }
     }
     Ok(())
 }
@@ -94,6 +109,7 @@ fn end_recorded() -> Result<usize> {
         })?;
     }
     fs::remove_file(record()).map_err(Error::machine("forget the ended demo"))?;
+    remove_files()?;
     Ok(alive.len())
 }
 

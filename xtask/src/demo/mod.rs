@@ -58,8 +58,10 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         return kept::release(chain, &folder()).map(|()| ExitCode::SUCCESS);
     }
     drop(chain);
+    kept::remove_files()?;
     println!(
-        "\nEverything is stopped. `cargo xtask demo --keep` leaves it running for you to try."
+        "\nEverything is stopped and its files are removed. `cargo xtask demo --keep` leaves it running for you \
+         to try."
     );
     Ok(ExitCode::SUCCESS)
 }
@@ -68,7 +70,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 /// given and broken, or does not build, is a failure.
 fn real_programs() -> Result<Option<Assets>> {
     step("SoftHSM2 (Debian package softhsm2)");
-    packages::ensure()?;
+    packages::for_the_chain()?;
     step("kube-apiserver, kubectl and etcd");
     if envtest::is_possible() {
         return envtest::ensure(Kubernetes::V1_37).map(Some);

@@ -3,7 +3,6 @@
 use keelson_e2e::chain::{Chain, V1_PROVIDER, V2_PROVIDER};
 use keelson_e2e::driver::{self, Driver};
 use keelson_e2e::{Error, Result, hexdump};
-use serde_json::Value;
 
 /// `secret1` through KMS v1 and `configmap1` through KMS v2, by the unmodified kube-apiserver.
 pub(super) fn with_kubernetes(chain: &Chain) -> Result<()> {
@@ -21,7 +20,8 @@ pub(super) fn with_kubernetes(chain: &Chain) -> Result<()> {
     let stored = etcd.value(SECRET_KEY)?;
     print!("{}", hexdump::canonical(&etcd.printed(SECRET_KEY)?));
     check_sealed(&stored, &format!("k8s:enc:kms:v1:{V1_PROVIDER}:"))?;
-    explain(chain, &stored)?;
+    command(&format!("etcdctl get {SECRET_KEY} | kmsctl inspect -"));
+    explain(chain, &etcd.printed(SECRET_KEY)?)?;
 
     command("kubectl create configmap configmap1 -n default --from-literal=greeting=…");
     print!("{}", kubectl.create_configmap("configmap1", "greeting", PASSWORD)?);
@@ -61,12 +61,14 @@ pub(super) fn without_kubernetes(chain: &Chain) -> Result<()> {
     let stored =
         driver::stored_by_v1(V1_PROVIDER, SECRET_KEY, &data_key, &cipher, object.as_bytes())?;
     println!("this is what kube-apiserver would store under {SECRET_KEY}:");
-    print!("{}", hexdump::canonical(&[SECRET_KEY.as_bytes(), b"\n", &stored, b"\n"].concat()));
+    let printed = [SECRET_KEY.as_bytes(), b"\n", &stored, b"\n"].concat();
+    print!("{}", hexdump::canonical(&printed));
     check_sealed(&stored, &format!("k8s:enc:kms:v1:{V1_PROVIDER}:"))?;
     command("KMS v1: Decrypt");
     check(driver.v1_decrypt(&cipher)? == data_key, "the data key came back changed")?;
     println!("the data key came back unchanged");
-    explain(chain, &stored)?;
+    command("kmsctl inspect -, with these bytes");
+    explain(chain, &printed)?;
 
     command("KMS v2: Status, Encrypt of a seed, Decrypt");
     let status = driver.v2_status()?;
@@ -97,12 +99,11 @@ fn command(text: &str) {
     println!("\n$ {text}");
 }
 
-fn explain(chain: &Chain, stored: &[u8]) -> Result<()> {
-    command("kmsctl inspect -");
-    print!("{}", chain.kmsctl.run(&["inspect", "-"], stored)?);
-    let fields: Value = chain.kmsctl.inspect(stored)?;
+fn explain(chain: &Chain, printed: &[u8]) -> Result<()> {
+    print!("{}", chain.kmsctl.run(&["inspect", "-"], printed)?);
+    let fields = chain.kmsctl.inspect(printed)?;
     check(
-        fields["kp_version"] == 1,
+        fields["kp_version"] == 1 && fields["key"] == SECRET_KEY,
         "kmsctl inspect does not find the plug-in's cipher in the stored value",
     )
 }

@@ -19,6 +19,7 @@ use kms_api::rest::{
     RotateRequest, UnwrapAnswer, UnwrapRequest, WrapAnswer, WrapRequest,
 };
 use kms_core::secret::{SecretBytes, SecretText};
+use kms_daemon::telemetry::VALUES;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 use std::ops::RangeInclusive;
@@ -43,13 +44,13 @@ pub(super) async fn perform(
     app: &App,
     call: &Call,
     asked: &Asked<'_>,
-    body: Body,
+    body: &Body,
     representation: bool,
 ) -> Result<Answer, Problem> {
     match asked.action {
         Action::CountKeys => count(app, call, asked).await,
         Action::ListKeys => list(app, call, asked).await,
-        Action::CreateKey | Action::ImportKey => create(app, call, &body).await,
+        Action::CreateKey | Action::ImportKey => create(app, call, body).await,
         Action::ReadKey => {
             Ok(one(app, StatusCode::OK, &ops::get_key::get_key(app, call, key(asked)?).await?))
         }
@@ -58,9 +59,9 @@ pub(super) async fn perform(
             Ok(one(app, StatusCode::OK, &key))
         }
         Action::ListVersions => versions(app, call, asked).await,
-        Action::Wrap => wrap(app, call, key(asked)?, &body).await,
-        Action::Unwrap => unwrap(app, call, key(asked)?, &body).await,
-        Action::RotateKey => rotate(app, call, key(asked)?, &body).await,
+        Action::Wrap => wrap(app, call, key(asked)?, body).await,
+        Action::Unwrap => unwrap(app, call, key(asked)?, body).await,
+        Action::RotateKey => rotate(app, call, key(asked)?, body).await,
         Action::DeleteKey => delete(app, call, key(asked)?, representation).await,
         Action::ListInstances
         | Action::CreateInstance
@@ -122,6 +123,7 @@ async fn wrap(app: &App, call: &Call, key: Uuid, body: &Body) -> Result<Answer, 
     let plaintext = plaintext.map(|text| decode("plaintext", &text, MAX_PLAINTEXT)).transpose()?;
     let asked = Wrap { key, plaintext, aad: aad(request.aad)? };
     let Wrapped { ciphertext, made, version } = ops::wrap::wrap(app, call, asked).await?;
+    tracing::info!(target: VALUES, "wrapped with key {key}, version {}: {ciphertext}", version.id);
     let answer = WrapAnswer {
         ciphertext,
         plaintext: made.as_ref().map(encode),
@@ -134,6 +136,7 @@ async fn unwrap(app: &App, call: &Call, key: Uuid, body: &Body) -> Result<Answer
     let request = body.json::<UnwrapRequest>()?.ok_or(Problem::NoBody)?;
     let asked = Unwrap { key, ciphertext: request.ciphertext, aad: aad(request.aad)? };
     let Unwrapped { plaintext, version, rewrapped } = ops::unwrap::unwrap(app, call, asked).await?;
+    tracing::info!(target: VALUES, "unwrapped with key {key}, version {}", version.id);
     let (ciphertext, newer) = rewrapped.unzip();
     let answer = UnwrapAnswer {
         plaintext: encode(&plaintext),

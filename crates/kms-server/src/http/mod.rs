@@ -152,15 +152,21 @@ async fn key_call(
     let caller = auth::caller(app, request.headers()).await?;
     let instance = auth::instance(request.headers())?;
     let call = Call { caller, scope: Scope::Instance(instance), correlation };
-    let result = async {
-        ops::enter_instance(app, &call).await?;
-        auth::key_ring(request.headers())?;
-        let prefer = auth::prefers_representation(request.headers());
-        let body = body::read(request).await?;
-        keys::perform(app, &call, asked, body, prefer).await
-    };
-    let result = result.await;
+    let result = in_instance(app, &call, request, asked).await;
     settle(app, &call, asked, result).await
+}
+
+async fn in_instance(
+    app: &App,
+    call: &Call,
+    request: Request<Incoming>,
+    asked: &Asked<'_>,
+) -> Result<Answer, Problem> {
+    ops::enter_instance(app, call).await?;
+    auth::key_ring(request.headers())?;
+    let prefer = auth::prefers_representation(request.headers());
+    let body = body::read(request).await?;
+    keys::perform(app, call, asked, &body, prefer).await
 }
 
 async fn management_call(
@@ -172,11 +178,10 @@ async fn management_call(
     let caller = auth::caller(app, request.headers()).await?;
     let scope = caller.grant.scope;
     let call = Call { caller, scope, correlation };
-    let result = async {
-        let body = body::read(request).await?;
-        manage::perform(app, &call, asked, &body).await
+    let result = match body::read(request).await {
+        Ok(body) => manage::perform(app, &call, asked, &body).await,
+        Err(problem) => Err(problem),
     };
-    let result = result.await;
     settle(app, &call, asked, result).await
 }
 
@@ -199,6 +204,7 @@ fn finish(
     result: Result<Answer, Problem>,
     correlation: Option<String>,
 ) -> Response<Full<Bytes>> {
+    log(dialect, &result, correlation.as_deref());
     let answer = result.unwrap_or_else(|problem| problem.answer(dialect));
     app.metrics.answered(dialect.name(), answer.status.as_u16());
     let mut response = Response::new(Full::new(Bytes::from_owner(answer.body)));
@@ -212,6 +218,17 @@ fn finish(
         headers.insert(HeaderName::from_static("correlation-id"), id);
     }
     response
+}
+
+fn log(dialect: Dialect, result: &Result<Answer, Problem>, correlation: Option<&str>) {
+    let (what, correlation) = (dialect.name(), correlation.unwrap_or("-"));
+    match result {
+        Ok(answer) => tracing::debug!(correlation, "{what}: {}", answer.status.as_u16()),
+        Err(problem) if problem.is_for_the_operator() => {
+            tracing::error!(correlation, "{what} failed: {problem}");
+        }
+        Err(problem) => tracing::info!(correlation, "{what} refused: {problem}"),
+    }
 }
 
 /// The route for a request, and what stands in the place of `{id}`.
@@ -234,7 +251,6 @@ fn find<'p>(
 }
 
 /// `None`: the path is another one. Segments are compared as they stand; an escaped one matches nothing but `{id}`.
-#[expect(clippy::option_option, reason = "no match, or a match with or without an id")]
 fn matched<'p>(template: &str, path: &'p str) -> Option<Option<&'p str>> {
     let mut id = None;
     let mut segments = path.split('/');

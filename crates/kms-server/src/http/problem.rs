@@ -73,7 +73,6 @@ impl Problem {
 
     pub(super) fn answer(&self, dialect: Dialect) -> Answer {
         let (status, code) = self.status_and_code();
-        self.log(dialect, status);
         let mut answer = match dialect {
             Dialect::KeyProtect(action) => {
                 Answer::json(status, JSON, &self.key_protect(action, status, code))
@@ -86,13 +85,10 @@ impl Problem {
         answer
     }
 
-    fn log(&self, dialect: Dialect, status: StatusCode) {
-        let what = dialect.name();
-        if status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED {
-            tracing::error!("{what} failed: {self}");
-        } else {
-            tracing::debug!("{what} refused with {}: {self}", status.as_u16());
-        }
+    /// True for what the caller can do nothing about.
+    pub(super) fn is_for_the_operator(&self) -> bool {
+        let (status, _) = self.status_and_code();
+        status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
     }
 
     fn status_and_code(&self) -> (StatusCode, &'static str) {

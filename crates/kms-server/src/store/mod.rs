@@ -20,6 +20,8 @@ use uuid::Uuid;
 pub trait Store: Send + Sync + Debug {
     /// Answers when the store can be read.
     async fn probe(&self) -> Result<(), StoreError>;
+    /// Puts everything where a backup finds it. Nothing is asked of the store afterwards.
+    async fn close(&self);
 
     /// Puts the first instance, service IDs and signing key in place, all or nothing.
     ///

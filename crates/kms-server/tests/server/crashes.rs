@@ -134,6 +134,9 @@ async fn every_difference_between_hsm_and_database_is_found() {
     // A version that the HSM lost is the operator's problem and must not look like a bad WDEK.
     assert_eq!(server.unwrap(&token, &id, &wdek).await.status, 500);
     assert_eq!(server.vault.versions().await.unwrap(), [stranger], "nothing was repaired");
+    let empty = memory::MemoryVault::new();
+    let found = differences(&empty, &*server.store).await.unwrap();
+    assert!(matches!(found[..], [Difference::Lost(_), Difference::SigningKey(_)]), "{found:?}");
 }
 
 #[tokio::test]

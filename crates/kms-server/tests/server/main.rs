@@ -10,5 +10,7 @@ mod forged_tokens;
 mod harness;
 mod keys;
 mod redstone;
+mod secrets;
 mod startup;
+mod store;
 mod tokens;

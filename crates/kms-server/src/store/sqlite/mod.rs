@@ -17,6 +17,8 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{Row, SqlSafeStr, Sqlite, Transaction};
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -37,9 +39,13 @@ impl SqliteStore {
     /// # Errors
     /// `Unavailable` when the file is missing (unless `create`) or cannot be used, or was written by a newer server.
     pub async fn open(file: &Path, create: bool) -> Result<Self, StoreError> {
+        if create {
+            make_private(file)
+                .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
+        }
         let options = SqliteConnectOptions::new()
             .filename(file)
-            .create_if_missing(create)
+            .create_if_missing(false)
             .journal_mode(SqliteJournalMode::Wal)
             // FULL: a commit that was acknowledged survives a power cut, in WAL mode too.
             .synchronous(SqliteSynchronous::Full)
@@ -63,6 +69,11 @@ impl SqliteStore {
     }
 }
 
+/// Nobody but the server's user reads who may do what. SQLite gives its side files the same mode.
+fn make_private(file: &Path) -> std::io::Result<()> {
+    OpenOptions::new().append(true).create(true).mode(0o600).open(file).map(drop)
+}
+
 fn migrations() -> Migrator {
     let initial = include_str!("../../../migrations/0001_initial.sql");
     Migrator::with_migrations(vec![Migration::new(
@@ -79,6 +90,11 @@ impl Store for SqliteStore {
     async fn probe(&self) -> Result<(), StoreError> {
         sqlx::query("SELECT count(*) FROM instances").fetch_one(&self.pool).await?;
         Ok(())
+    }
+
+    async fn close(&self) {
+        // Folds the write-ahead log into the one file.
+        self.pool.close().await;
     }
 
     async fn initialise(&self, first: &FirstContent) -> Result<(), StoreError> {

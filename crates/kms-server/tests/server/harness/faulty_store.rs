@@ -88,6 +88,10 @@ impl Store for FaultyStore {
         self.read()?.probe().await
     }
 
+    async fn close(&self) {
+        self.store.close().await;
+    }
+
     async fn initialise(&self, first: &FirstContent) -> Result<(), StoreError> {
         self.read()?.initialise(first).await
     }

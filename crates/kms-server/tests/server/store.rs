@@ -1,0 +1,171 @@
+//! What every store promises, whatever it is made of, and what only the SQLite file promises.
+
+use kms_hsm::RsaPublic;
+use kms_server::policy::{Grant, Role, Scope};
+use kms_server::store::{
+    ApiKey, FirstContent, Instance, KeyState, NewKey, Page, ServiceId, SigningKey, SqliteStore,
+    Store, StoreError, Version, Wanted,
+};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+const NOW: OffsetDateTime = OffsetDateTime::UNIX_EPOCH;
+
+fn id(n: u128) -> Uuid {
+    Uuid::from_u128(n)
+}
+
+async fn open(dir: &TempDir) -> (PathBuf, SqliteStore) {
+    let file = dir.path().join("kms.db");
+    let store = SqliteStore::open(&file, true).await.unwrap();
+    (file, store)
+}
+
+fn first() -> FirstContent {
+    let scope = Scope::Instance(id(1));
+    let grant = Grant { role: Role::Viewer, scope };
+    let owner =
+        ServiceId { id: id(2), name: "viewer".into(), description: None, grant, created_at: NOW };
+    let key = ApiKey { id: id(3), service_id: id(2), name: "viewer".into(), created_at: NOW };
+    FirstContent {
+        instance: Instance { id: id(1), name: "default".into(), created_at: NOW },
+        signing_key: SigningKey {
+            id: id(4),
+            public: RsaPublic { n: vec![5; 256], e: vec![1, 0, 1] },
+            created_at: NOW,
+        },
+        service_ids: vec![(owner, key, [6; 32])],
+    }
+}
+
+fn new_key(n: u128) -> NewKey {
+    NewKey {
+        id: id(n),
+        instance: id(1),
+        name: "crk".into(),
+        description: Some("of a test".into()),
+        tags: vec!["a".into(), "\"b\"".into()],
+        imported: true,
+        expires_at: Some(NOW + time::Duration::nanoseconds(123)),
+        created_at: NOW,
+        created_by: "iam-ServiceId-x".into(),
+        version: id(n + 1000),
+    }
+}
+
+fn wanted(states: &[KeyState]) -> Wanted {
+    Wanted { states: states.to_vec(), now: NOW }
+}
+
+#[tokio::test]
+async fn the_first_content_is_put_in_once_and_found_again() {
+    let dir = TempDir::new().unwrap();
+    let (file, store) = open(&dir).await;
+    assert!(store.signing_key().await.unwrap().is_none());
+    store.initialise(&first()).await.unwrap();
+    assert!(matches!(store.initialise(&first()).await, Err(StoreError::Conflict(_))));
+    drop(store);
+    let store = SqliteStore::open(&file, false).await.unwrap();
+    assert_eq!(store.signing_key().await.unwrap(), Some(first().signing_key));
+    assert_eq!(store.instances().await.unwrap(), [first().instance]);
+    let caller = store.caller_by_hash(&[6; 32]).await.unwrap().unwrap();
+    assert_eq!((caller.service_id, caller.api_key), (id(2), id(3)));
+    assert_eq!(store.caller(id(2), id(3)).await.unwrap(), Some(caller));
+    assert_eq!(store.caller(id(9), id(3)).await.unwrap(), None);
+    assert_eq!(store.caller_by_hash(&[7; 32]).await.unwrap(), None);
+    assert!(store.revoke_api_key(id(3), NOW).await.unwrap());
+    assert!(!store.revoke_api_key(id(3), NOW).await.unwrap());
+    assert_eq!(store.caller(id(2), id(3)).await.unwrap(), None);
+    assert_eq!(store.caller_by_hash(&[6; 32]).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_key_is_invisible_until_it_is_active_and_comes_back_as_it_was_written() {
+    let dir = TempDir::new().unwrap();
+    let (_, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let new = new_key(10);
+    store.begin_key(&new).await.unwrap();
+    assert!(store.key(id(1), id(10)).await.unwrap().is_none());
+    assert_eq!(store.count_keys(id(1), &wanted(&[KeyState::Active])).await.unwrap(), 0);
+    assert!(store.known_versions().await.unwrap()[0].pending);
+    assert!(matches!(store.activate_key(id(10), id(9)).await, Err(StoreError::Conflict(_))));
+    store.activate_key(id(10), id(1010)).await.unwrap();
+    assert!(matches!(store.activate_key(id(10), id(1010)).await, Err(StoreError::Conflict(_))));
+    let key = store.key(id(1), id(10)).await.unwrap().unwrap();
+    assert_eq!((&key.name, &key.description, &key.tags), (&new.name, &new.description, &new.tags));
+    assert_eq!((key.imported, key.expires_at), (true, new.expires_at));
+    assert_eq!(key.version, Version { id: id(1010), created_at: NOW });
+    assert!(store.key(id(2), id(10)).await.unwrap().is_none(), "not in another instance");
+    let page = Page { limit: 10, offset: 0 };
+    assert_eq!(store.keys(id(1), &wanted(&[KeyState::Active]), page).await.unwrap(), [key]);
+    let later = Wanted { now: NOW + time::Duration::SECOND, ..wanted(&[KeyState::Deactivated]) };
+    assert_eq!(store.count_keys(id(1), &later).await.unwrap(), 1, "expired by then");
+}
+
+#[tokio::test]
+async fn versions_are_newest_first_and_a_destroyed_key_gets_no_more() {
+    let dir = TempDir::new().unwrap();
+    let (_, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    store.begin_key(&new_key(10)).await.unwrap();
+    store.activate_key(id(10), id(1010)).await.unwrap();
+    let version = |n| Version { id: id(n), created_at: NOW };
+    for n in [30, 20, 40] {
+        store.begin_version(id(10), &version(n)).await.unwrap();
+    }
+    for n in [20, 30] {
+        store.activate_version(id(10), id(n), NOW).await.unwrap();
+    }
+    let versions = store.versions(id(1), id(10)).await.unwrap();
+    assert_eq!(versions, [version(30), version(20), version(1010)]);
+    assert!(store.delete_key(id(1), id(10), NOW, "me").await.unwrap());
+    assert!(!store.delete_key(id(1), id(10), NOW, "me").await.unwrap());
+    let late = store.activate_version(id(10), id(40), NOW).await;
+    assert!(matches!(late, Err(StoreError::Conflict(_))));
+    assert_eq!(store.versions(id(1), id(10)).await.unwrap().len(), 3);
+    let key = store.key(id(1), id(10)).await.unwrap().unwrap();
+    assert_eq!((key.destroyed, key.deleted_by.as_deref()), (true, Some("me")));
+}
+
+#[tokio::test]
+async fn what_belongs_to_nothing_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let (_, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let orphan = NewKey { instance: id(99), ..new_key(10) };
+    assert!(matches!(store.begin_key(&orphan).await, Err(StoreError::Conflict(_))));
+    let key = ApiKey { id: id(50), service_id: id(99), name: "x".into(), created_at: NOW };
+    assert!(matches!(store.add_api_key(&key, &[1; 32]).await, Err(StoreError::Conflict(_))));
+    let twin = Instance { id: id(98), ..first().instance };
+    assert!(matches!(store.add_instance(&twin).await, Err(StoreError::Conflict(_))));
+}
+
+#[tokio::test]
+async fn the_file_is_private_and_a_missing_one_is_not_made_by_accident() {
+    let dir = TempDir::new().unwrap();
+    let (file, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!(mode(&file), 0o600);
+    assert_eq!(mode(&dir.path().join("kms.db-wal")), 0o600);
+    store.close().await;
+    assert!(!dir.path().join("kms.db-wal").exists(), "a backup of the one file is complete");
+    let absent = dir.path().join("absent.db");
+    assert!(matches!(SqliteStore::open(&absent, false).await, Err(StoreError::Unavailable(_))));
+    assert!(!absent.exists());
+}
+
+#[tokio::test]
+async fn a_role_that_nobody_knows_stops_the_call() {
+    let dir = TempDir::new().unwrap();
+    let (file, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&file);
+    let pool = sqlx::SqlitePool::connect_with(options).await.unwrap();
+    sqlx::query("UPDATE service_ids SET role = 'Emperor'").execute(&pool).await.unwrap();
+    assert!(matches!(store.caller(id(2), id(3)).await, Err(StoreError::Corrupt(_))));
+}
