@@ -2,10 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
-
-use serde_json::Value;
 
 use crate::assets::Assets;
 use crate::error::{Error, Result};
@@ -59,11 +57,22 @@ impl ApiServer {
         Ok(apiserver)
     }
 
+    /// Kills the process (by itself it would take over a minute to end while clients watch) and starts it again, with
+    /// an empty memory.
+    ///
+    /// # Errors
+    /// When it does not become ready again.
+    pub fn restart(&mut self) -> Result<()> {
+        self.server.kill()?;
+        self.server.start()?;
+        self.wait_until_ready()
+    }
+
     /// Waits for `/readyz`.
     ///
     /// # Errors
     /// When time is up or the process ends.
-    pub fn wait_until_ready(&self) -> Result<()> {
+    fn wait_until_ready(&self) -> Result<()> {
         wait::until("kube-apiserver's readiness", READY_WITHIN, &[self.server.running()?], || {
             match self.kubectl.run(&["get", "--raw", "/readyz"], b"") {
                 Ok(_) => Ok(()),
@@ -89,14 +98,6 @@ impl Kubectl {
     pub fn run(&self, args: &[&str], stdin: &[u8]) -> Result<String> {
         let bytes = process::stdout(self.command(args), stdin)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
-    }
-
-    /// Runs kubectl and returns everything, also when it fails: for tests of what a user sees.
-    ///
-    /// # Errors
-    /// When it cannot be started.
-    pub fn output(&self, args: &[&str]) -> Result<Output> {
-        process::output(self.command(args), b"")
     }
 
     /// `kubectl create secret generic NAME --from-literal=KEY=VALUE` in the namespace `default`.
@@ -134,16 +135,6 @@ impl Kubectl {
     pub fn configmap_value(&self, name: &str, key: &str) -> Result<String> {
         let template = format!("go-template={{{{index .data \"{key}\"}}}}");
         self.run(&["get", "configmap", name, "-o", &template], b"")
-    }
-
-    /// `kubectl get … -o json`.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    pub fn json(&self, args: &[&str]) -> Result<Value> {
-        let text = self.run(&[&["get"], args, &["-o", "json"]].concat(), b"")?;
-        serde_json::from_str(&text)
-            .map_err(|error| Error::answer("kubectl", format!("{error}: {text}")))
     }
 
     fn create(program: &Path, port: u16, token: &str, dir: &Path) -> Result<Self> {

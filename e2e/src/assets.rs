@@ -23,10 +23,9 @@ impl Kubernetes {
     }
 }
 
-/// The programs of Kubernetes and etcd for one release.
+/// The programs of Kubernetes and etcd.
 #[derive(Debug, Clone)]
 pub struct Assets {
-    pub kubernetes: Kubernetes,
     pub kube_apiserver: PathBuf,
     pub kubectl: PathBuf,
     pub etcd: PathBuf,
@@ -43,20 +42,16 @@ impl Assets {
     pub fn find(kubernetes: Kubernetes) -> Result<Self> {
         let given =
             std::env::var_os("KUBEBUILDER_ASSETS").filter(|_| kubernetes == Kubernetes::V1_37);
-        Self::in_folder(
-            kubernetes,
-            &given.map_or_else(|| envtest_folder(kubernetes), PathBuf::from),
-        )
+        Self::in_folder(&given.map_or_else(|| envtest_folder(kubernetes), PathBuf::from))
     }
 
     /// The programs in `folder`.
     ///
     /// # Errors
     /// When one is missing.
-    pub fn in_folder(kubernetes: Kubernetes, folder: &Path) -> Result<Self> {
+    pub fn in_folder(folder: &Path) -> Result<Self> {
         let etcdctl = folder.join("etcdctl");
         Ok(Self {
-            kubernetes,
             kube_apiserver: program(folder, "kube-apiserver", REMEDY)?,
             kubectl: program(folder, "kubectl", REMEDY)?,
             etcd: program(folder, "etcd", REMEDY)?,

@@ -9,7 +9,7 @@ use crate::assets::{Assets, Kubernetes, Programs, target_folder};
 use crate::error::{Error, Result};
 use crate::etcd::Etcd;
 use crate::key_service::KeyService;
-use crate::kmsctl::{Credential, Kmsctl};
+use crate::kmsctl::Kmsctl;
 use crate::plugin::{self, Plugin};
 use crate::process::Lifetime;
 use crate::{pki, ports};
@@ -49,7 +49,6 @@ pub struct Chain {
     pub key_service: KeyService,
     pub kmsctl: Kmsctl,
     pub crk_id: String,
-    pub plugin_credential: Credential,
 }
 
 /// The Kubernetes half.
@@ -57,7 +56,6 @@ pub struct Chain {
 pub struct Cluster {
     pub apiserver: ApiServer,
     pub etcd: Etcd,
-    pub encryption_config: PathBuf,
 }
 
 impl Chain {
@@ -72,7 +70,7 @@ impl Chain {
         say("create the customer root key and the plug-in's service ID and API key");
         let kmsctl = Kmsctl::new(&programs.kmsctl, &key_service);
         let crk_id = kmsctl.create_key("kubernetes-secrets")?;
-        let plugin_credential = kmsctl.create_credential("kmsplugin", "Viewer")?;
+        let credential = kmsctl.create_credential("kmsplugin", "Viewer")?;
         say("write kmsplugin-config.yaml and start kmsplugin");
         let health_port = if seed_ports { ports::prefer(HEALTHZ_PORT)? } else { ports::free()? };
         let mut config = plugin::Config {
@@ -80,13 +78,11 @@ impl Chain {
             token_url: key_service.token_url.clone(),
             url: key_service.url.clone(),
             ca: key_service.ca.clone(),
-            api_key: plugin_credential.api_key.clone(),
+            api_key: credential.api_key,
             instance_id: key_service.instance_id.clone(),
             crk_id: crk_id.clone(),
             health_port,
-            cache_timeout_in_hours: 1,
             new_dek: false,
-            max_retries: 0,
             more: Vec::new(),
         };
         configure(&mut config);
@@ -98,7 +94,7 @@ impl Chain {
             }
             None => None,
         };
-        Ok(Self { cluster, plugin, key_service, kmsctl, crk_id, plugin_credential })
+        Ok(Self { cluster, plugin, key_service, kmsctl, crk_id })
     }
 
     /// A chain for the test file `name`: free ports, a folder below `target/e2e/` that keeps its logs, the seed's
@@ -166,7 +162,7 @@ impl Cluster {
         let encryption_config = dir.join("encryption-config.yaml");
         pki::write_file(&encryption_config, &encryption_yaml(socket, secrets))?;
         let apiserver = ApiServer::start(assets, &etcd, &encryption_config, dir, lifetime)?;
-        Ok(Self { apiserver, etcd, encryption_config })
+        Ok(Self { apiserver, etcd })
     }
 }
 

@@ -17,10 +17,9 @@ pub struct Kmsctl {
     envs: Vec<(&'static str, String)>,
 }
 
-/// A new service ID and its API key.
+/// An API key of a new service ID.
 #[derive(Debug, Clone)]
 pub struct Credential {
-    pub service_id: String,
     pub api_key_id: String,
     pub api_key: String,
 }
@@ -90,11 +89,7 @@ impl Kmsctl {
         let service = self.json(&[&["service-ids", "create", name], &scope[..]].concat(), b"")?;
         let service_id = text_of(&service, "id")?;
         let key = self.json(&["api-keys", "create", name, "--service-id", &service_id], b"")?;
-        Ok(Credential {
-            service_id,
-            api_key_id: text_of(&key, "id")?,
-            api_key: text_of(&key, "apikey")?,
-        })
+        Ok(Credential { api_key_id: text_of(&key, "id")?, api_key: text_of(&key, "apikey")? })
     }
 
     /// Withdraws an API key and every token that was made with it.

@@ -19,9 +19,7 @@ pub struct Config {
     pub instance_id: String,
     pub crk_id: String,
     pub health_port: u16,
-    pub cache_timeout_in_hours: u32,
     pub new_dek: bool,
-    pub max_retries: u32,
     /// Settings of ours in SERVER_CONFIG, beyond the seed's.
     pub more: Vec<(&'static str, String)>,
 }
@@ -35,7 +33,7 @@ impl Config {
             r#"SERVER_CONFIG:
   REGION: "IBMCloudPakForMCM"
   NUM_LEN_BYTES: 4
-  CACHE_TIMEOUT_IN_HOURS: {cache}
+  CACHE_TIMEOUT_IN_HOURS: 1
   RESTART_DELAY_IN_SECONDS: 30
   UNIX_SOCKET_PATH: "{socket}"
   TOKEN_URL: "{token_url}"
@@ -44,7 +42,7 @@ impl Config {
   HEALTHZ_PATH: "/healthz"
   HEALTHZ_PORT: ":{health}"
   NEW_DEK: {new_dek}
-  MAX_RETRIES: {retries}
+  MAX_RETRIES: 0
 {more}KP_CONFIG:
   VERSION: 1
   CRK_ID: "{crk}"
@@ -55,14 +53,12 @@ LOGGER:
   LOG_LEVEL: "info"
   LOG_ALL_VALUES: false
 "#,
-            cache = self.cache_timeout_in_hours,
             socket = self.socket.display(),
             token_url = self.token_url,
             ca = self.ca.display(),
             api_key = self.api_key,
             health = self.health_port,
             new_dek = self.new_dek,
-            retries = self.max_retries,
             crk = self.crk_id,
             url = self.url,
             instance = self.instance_id,

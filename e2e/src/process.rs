@@ -301,11 +301,8 @@ pub fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// The most memory that process `pid` had resident at once (VmHWM), in bytes.
-///
-/// # Errors
-/// When there is no such process.
-pub fn peak_memory(pid: i32) -> Result<u64> {
+/// VmHWM of process `pid`.
+fn peak_memory(pid: i32) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let status = fs::read_to_string(&path).map_err(Error::machine(format!("read {path}")))?;
     status
@@ -315,25 +312,6 @@ pub fn peak_memory(pid: i32) -> Result<u64> {
         })
         .map(|kib: u64| kib * 1024)
         .ok_or_else(|| Error::answer(path, "no VmHWM line"))
-}
-
-/// The processor time that process `pid` has used, all threads together.
-///
-/// # Errors
-/// When there is no such process.
-pub fn cpu_time(pid: i32) -> Result<Duration> {
-    let path = format!("/proc/{pid}/stat");
-    let stat = fs::read_to_string(&path).map_err(Error::machine(format!("read {path}")))?;
-    // The name, in parentheses, may hold spaces: count from behind it. utime and stime are fields 14 and 15.
-    let ticks: u64 = stat
-        .rsplit(')')
-        .next()
-        .map(|rest| {
-            rest.split_whitespace().skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum()
-        })
-        .ok_or_else(|| Error::answer(&path, "no times"))?;
-    let per_second = rustix::param::clock_ticks_per_second();
-    Ok(Duration::from_micros(ticks.saturating_mul(1_000_000) / per_second.max(1)))
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
@@ -469,9 +447,8 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_time_of_a_process_can_be_read() {
+    fn the_peak_memory_of_a_process_can_be_read() {
         let own = i32::try_from(std::process::id()).unwrap();
         assert!(peak_memory(own).unwrap() > 100 * 1024);
-        assert!(cpu_time(own).unwrap() < Duration::from_secs(3600));
     }
 }

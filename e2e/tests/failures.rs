@@ -12,7 +12,9 @@ use keelson_e2e::{Error, Result, wait};
 use kms_core::clock::{Clock, SystemClock};
 
 static CHAIN: Shared = Shared::new(|| {
-    Chain::for_test("failures", Some(Kubernetes::V1_37), SecretsThrough::V1, |_| ())
+    Chain::for_test("failures", Some(Kubernetes::V1_37), SecretsThrough::V1, |config| {
+        config.more.push(("PROBE_INTERVAL_IN_SECONDS", "1".to_owned()));
+    })
 });
 
 /// For what must answer "at once": far below kube-apiserver's deadline of 3 s, far above a busy machine's delays.
@@ -34,7 +36,7 @@ fn the_key_service_is_killed_and_restarted_under_writes() -> Result<()> {
             chain.key_service.wait_until_ready()
         })?;
         chain.plugin.restart_with(|_| ())?;
-        restart_apiserver(chain)?;
+        chain.cluster_mut()?.apiserver.restart()?;
         all_there(chain.kubectl()?, &acknowledged)
     })
 }
@@ -48,13 +50,18 @@ fn the_key_service_hangs() -> Result<()> {
         let cipher = driver.v1_encrypt(b"cached")?;
         let sealed = driver.v2_encrypt(b"cached")?;
 
-        chain.key_service.server.freeze()?;
-        for _ in 0..20 {
+        let answers_at_once = || -> Result<()> {
             at_once("Status", || driver.v2_status())?;
             at_once("v1 Encrypt", || driver.v1_encrypt(b"under the DEK in memory"))?;
             assert_eq!(at_once("v1 Decrypt", || driver.v1_decrypt(&cipher))?, b"cached");
             assert_eq!(at_once("v2 Decrypt", || driver.v2_decrypt(&sealed))?, b"cached");
-        }
+            Ok(())
+        };
+        chain.key_service.server.freeze()?;
+        (0..20).try_for_each(|_| answers_at_once())?;
+        // Also once the plug-in itself hangs in its probe of the service, and has seen it fail.
+        chain.plugin.wait_for_probe("/healthz/readiness", 503)?;
+        (0..20).try_for_each(|_| answers_at_once())?;
         assert_eq!(kubectl.secret_value("hanging", "password")?, "cached");
         let (status, body) = chain.plugin.probe("/healthz/liveness")?;
         assert_eq!(status, 200, "{body}");
@@ -90,7 +97,7 @@ fn the_api_key_is_revoked() -> Result<()> {
 
         chain.plugin.restart_with(|config| *config = whole)?;
         accepted(&kubectl, "after-repair")?;
-        restart_apiserver(chain)?;
+        chain.cluster_mut()?.apiserver.restart()?;
         for (name, value) in
             [("revoked", "kept"), ("before-revocation", VALUE), ("after-repair", VALUE)]
         {
@@ -110,7 +117,7 @@ fn the_plug_in_is_killed_and_restarted_over_its_stale_socket() -> Result<()> {
             chain.plugin.start()
         })?;
         accepted(&kubectl, "over-stale-socket")?;
-        restart_apiserver(chain)?;
+        chain.cluster_mut()?.apiserver.restart()?;
         all_there(&kubectl, &acknowledged)
     })
 }
@@ -122,7 +129,7 @@ fn kube_apiserver_restarts_while_the_key_service_is_down() -> Result<()> {
         kubectl.create_secret("outage", "password", "from the DEK cache")?;
         kubectl.create_configmap("outage", "greeting", "from the DEK cache")?;
         chain.key_service.server.kill()?;
-        restart_apiserver(chain)?;
+        chain.cluster_mut()?.apiserver.restart()?;
         assert_eq!(kubectl.secret_value("outage", "password")?, "from the DEK cache");
         assert_eq!(kubectl.configmap_value("outage", "greeting")?, "from the DEK cache");
         chain.key_service.server.start()?;
@@ -171,13 +178,6 @@ fn all_there(kubectl: &Kubectl, acknowledged: &BTreeMap<String, String>) -> Resu
         assert_eq!(&kubectl.secret_value(name, "password")?, value, "{name} was acknowledged");
     }
     Ok(())
-}
-
-fn restart_apiserver(chain: &mut Chain) -> Result<()> {
-    let apiserver = &mut chain.cluster_mut()?.apiserver;
-    apiserver.server.kill()?;
-    apiserver.server.start()?;
-    apiserver.wait_until_ready()
 }
 
 /// kube-apiserver may need a moment to connect to a restarted plug-in.

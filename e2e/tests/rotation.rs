@@ -32,10 +32,7 @@ fn after_rotation_new_secrets_use_the_new_key_and_old_ones_can_be_moved() -> Res
     // With empty memories on the whole way, both versions are asked of the HSM again.
     chain.plugin.server.stop()?;
     chain.plugin.start()?;
-    let apiserver = &mut chain.cluster_mut()?.apiserver;
-    apiserver.server.kill()?;
-    apiserver.server.start()?;
-    apiserver.wait_until_ready()?;
+    chain.cluster_mut()?.apiserver.restart()?;
     assert_eq!(key_id(&chain, "left")?, old);
     for name in ["moved", "left", "new"] {
         assert_eq!(chain.kubectl()?.secret_value(name, "password")?, name);
@@ -43,12 +40,14 @@ fn after_rotation_new_secrets_use_the_new_key_and_old_ones_can_be_moved() -> Res
     Ok(())
 }
 
-/// Writes until a secret is sealed under another key_id than `old`. kube-apiserver asks Status once a minute.
+/// Writes until a secret is sealed under another key_id than `old`. kube-apiserver asks Status once a minute, and
+/// when it is asked for its own health.
 fn wait_for_another_key(chain: &Chain, old: &str) -> Result<String> {
     let kubectl = chain.kubectl()?;
     kubectl.create_secret("new", "password", "new")?;
     wait::until("a secret under the new key_id", Duration::from_secs(180), &[], || {
         let attempt = || -> Result<String> {
+            kubectl.run(&["get", "--raw", "/readyz"], b"")?;
             kubectl.run(&["delete", "secret", "new"], b"")?;
             kubectl.create_secret("new", "password", "new")?;
             key_id(chain, "new")

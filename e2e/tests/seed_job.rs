@@ -97,10 +97,7 @@ fn everything_stays_readable_when_every_process_starts_anew() -> Result<()> {
         chain.key_service.server.start()?;
         chain.key_service.wait_until_ready()?;
         chain.plugin.start()?;
-        let apiserver = &mut chain.cluster_mut()?.apiserver;
-        apiserver.server.kill()?;
-        apiserver.server.start()?;
-        apiserver.wait_until_ready()?;
+        chain.cluster_mut()?.apiserver.restart()?;
         assert_eq!(chain.kubectl()?.secret_value("before", "password")?, PLAIN);
         assert_eq!(chain.kubectl()?.configmap_value("before", "greeting")?, PLAIN);
         Ok(())

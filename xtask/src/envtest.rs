@@ -56,7 +56,7 @@ pub(crate) fn is_possible() -> bool {
 /// When Go is missing or a build fails, with the compiler's last lines.
 pub(crate) fn ensure(release: Kubernetes) -> Result<Assets> {
     let folder = match (given_folder(), release) {
-        (Some(given), Kubernetes::V1_37) => return Assets::in_folder(release, &given),
+        (Some(given), Kubernetes::V1_37) => return Assets::in_folder(&given),
         _ => assets::envtest_folder(release),
     };
     fs::create_dir_all(&folder).map_err(Error::machine(format!("make {}", folder.display())))?;
@@ -78,7 +78,7 @@ pub(crate) fn ensure(release: Kubernetes) -> Result<Assets> {
             link(&OLD_KUBERNETES.ensure()?, &folder, &["kube-apiserver"])?;
         }
     }
-    Assets::in_folder(release, &folder)
+    Assets::in_folder(&folder)
 }
 
 /// A folder below `xtask/envtest/` with its own go.mod, and the programs that it pins.

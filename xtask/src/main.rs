@@ -20,7 +20,7 @@ use keelson_e2e::process;
 
 #[derive(Parser)]
 #[command(
-    name = "cargo xtask",
+    bin_name = "cargo xtask",
     about = "Every chore of the project",
     arg_required_else_help = true
 )]

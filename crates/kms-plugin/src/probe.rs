@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kms_daemon::lifecycle::Shutdown;
 
-use crate::keys::{Crk, NotAdopted, Wrapped};
+use crate::keys::{Asked, Crk, NotAdopted, Wrapped};
 use crate::provider::{self, NewDek};
 use crate::sealer::{Call, Sealer, SealerError};
 
@@ -38,12 +38,7 @@ pub async fn probe(sealer: &Sealer) -> bool {
     let call = Call { uid: probe_uid(sealer), deadline: DEADLINE };
     let asked = sealer.keys().to_probe();
     let proven = prove(&asked.crk, &call).await;
-    let proven =
-        sealer.learn(&asked.crk, proven).and_then(|new| match sealer.adopt(&asked, &new) {
-            // The key_id changed during this probe: what it found is true, but no news.
-            Ok(_) | Err(NotAdopted::Stale) => Ok(()),
-            Err(error) => Err(error.into()),
-        });
+    let proven = sealer.learn(&asked.crk, proven).and_then(|proof| adopt(sealer, &asked, &proof));
     refresh(sealer, &call).await;
     expire(sealer);
     let ready = proven.is_ok();
@@ -52,15 +47,32 @@ pub async fn probe(sealer: &Sealer) -> bool {
     ready
 }
 
+struct Proof {
+    new: NewDek,
+    /// Wrapped by a replica that has not heard of a rotation which the unwrapping one knows.
+    is_behind: bool,
+}
+
 /// Wraps a new DEK and unwraps it again: what comes back must be the same.
-async fn prove(crk: &Crk, call: &Call) -> Result<NewDek, provider::Error> {
+async fn prove(crk: &Crk, call: &Call) -> Result<Proof, provider::Error> {
     let new = crk.service.wrap_new(call).await?;
     let again = crk.service.unwrap(&new.wdek, call).await?;
     if again.dek.as_bytes() != new.dek.as_bytes() {
         let text = "the key service unwraps a DEK to something else than it wrapped".into();
         return Err(provider::Error::Unusable { text });
     }
-    Ok(new)
+    Ok(Proof { new, is_behind: again.active_version.is_some() })
+}
+
+fn adopt(sealer: &Sealer, asked: &Asked, proof: &Proof) -> Result<(), SealerError> {
+    if proof.is_behind && sealer.status().is_ok() {
+        return Ok(());
+    }
+    match sealer.adopt(asked, &proof.new) {
+        // The key_id changed during this probe: what it found is true, but no news.
+        Ok(_) | Err(NotAdopted::Stale) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 async fn refresh(sealer: &Sealer, call: &Call) {

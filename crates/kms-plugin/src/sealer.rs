@@ -190,9 +190,8 @@ impl Sealer {
 
     /// Takes over a changed configuration; see [`Keys::install`].
     pub fn install(&self, ring: Ring, policy: Policy) {
-        let mut keys = self.keys();
-        keys.install(ring, policy);
-        self.deks.keep_only(|name| keys.named(name).is_some());
+        self.keys().install(ring, policy);
+        self.forget_strangers();
         self.deks.expire(self.now(), policy.lifetime);
         self.probe_wanted.notify_one();
     }
@@ -340,11 +339,18 @@ impl Sealer {
         let Adopted { sealing, changed } = self.keys().adopt(asked, new, self.now())?;
         self.keep(&asked.crk, new.wdek.clone(), &new.dek);
         if changed {
+            self.forget_strangers();
             let key_id = &sealing.key_id;
             self.tools.metrics.key_id(key_id.hash());
             tracing::info!(%key_id, "New values are sealed under this key version from now on.");
         }
         Ok(sealing)
+    }
+
+    /// Wipes the DEKs of CRKs that the configuration no longer names.
+    fn forget_strangers(&self) {
+        let keys = self.keys();
+        self.deks.keep_only(|name| keys.named(name).is_some());
     }
 
     pub(crate) fn keep(&self, crk: &Crk, wdek: Arc<[u8]>, dek: &Dek) {

@@ -35,6 +35,8 @@ use crate::socket::{self, SocketAddress, SocketError};
 
 /// More connections serve no more calls, and each costs a TLS handshake and memory.
 const CONNECTIONS: usize = 2;
+/// A server that fails at once is not started again faster than this, whatever is set.
+const LEAST_DELAY: Duration = Duration::from_millis(100);
 /// The client's preface and an empty SETTINGS frame (RFC 9113, 3.4): every HTTP/2 server answers with its SETTINGS.
 const HTTP2_HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 /// The kubelet gives a probe one second.
@@ -282,7 +284,7 @@ async fn serve_grpc(config: &Config, sealer: Arc<Sealer>, shutdown: Shutdown) {
         let seconds = delay.as_secs();
         tracing::error!("The Provider server failed and is started again in {seconds} s: {error}");
         tokio::select! {
-            () = sleep(delay) => {}
+            () = sleep(delay.max(LEAST_DELAY)) => {}
             () = shutdown.requested() => break,
         }
     }

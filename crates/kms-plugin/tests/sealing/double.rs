@@ -27,6 +27,8 @@ pub(crate) enum Mood {
     Up,
     Unreachable,
     Hangs,
+    /// Unwraps to another DEK than it wrapped.
+    Lies,
     Fails(Error),
 }
 
@@ -90,7 +92,7 @@ impl FakeKms {
     async fn mood(&self) -> Result<(), Error> {
         let mood = self.state.lock().unwrap().mood.clone();
         match mood {
-            Mood::Up => Ok(()),
+            Mood::Up | Mood::Lies => Ok(()),
             Mood::Unreachable => Err(Error::Unreachable { text: "connection refused".into() }),
             Mood::Hangs => std::future::pending().await,
             Mood::Fails(error) => Err(error),
@@ -122,7 +124,10 @@ impl KeyService for FakeKms {
         }
         self.mood().await?;
         let state = self.state.lock().unwrap();
-        let (dek, version) = state.deks.get(wdek).cloned().ok_or(Error::NotAuthentic)?;
+        let (mut dek, version) = state.deks.get(wdek).cloned().ok_or(Error::NotAuthentic)?;
+        if state.mood == Mood::Lies {
+            dek = Dek::from_bytes([0; 32]);
+        }
         let newest = state.versions.last().cloned();
         Ok(Unwrapped { dek, active_version: newest.filter(|newest| *newest != version) })
     }

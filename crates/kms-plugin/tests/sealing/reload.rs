@@ -1,9 +1,12 @@
 //! A changed configuration while requests go on: another CRK, another way to the same CRK, earlier entries.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use kms_plugin::keys::{Policy, Ring};
+use kms_core::secret::Dek;
+use kms_plugin::keys::{Keys, NotAdopted, Policy, Ring};
 use kms_plugin::probe::probe;
+use kms_plugin::provider::NewDek;
 use kms_plugin::sealer::{Refusal, SealerError};
 
 use crate::double::{
@@ -61,6 +64,7 @@ async fn an_entry_that_is_taken_away_opens_nothing_any_more() {
     sealer.install(Ring { current: world.crk("other", 2, &other), previous: Vec::new() }, policy());
     assert_eq!(open_v2(&sealer, &old_v2).await.unwrap(), b"old", "until the other one seals");
     assert!(probe(&sealer).await);
+    assert_eq!(sealer.snapshot().dek_cache_entries, 1, "the old DEK is wiped");
     let refused = open_v2(&sealer, &old_v2).await;
     assert!(matches!(refused, Err(SealerError::UnknownKey(_))), "{refused:?}");
     let refused = open_v1(&sealer, &old_v1).await;
@@ -108,4 +112,26 @@ async fn a_changed_policy_holds_at_once() {
     let before = world.kms.asked().1;
     seal_v2(&sealer, b"x").await.unwrap();
     assert_eq!(world.kms.asked().1, before + 1);
+}
+
+#[test]
+fn the_answer_of_a_crk_that_was_configured_for_a_moment_only_is_not_taken() {
+    let world = World::new(policy());
+    let mut keys = Keys::new(world.ring(), policy());
+    let new = NewDek {
+        dek: Dek::from_bytes([0; 32]),
+        wdek: b"wdek".as_slice().into(),
+        version: "v1".into(),
+    };
+    let now = Duration::ZERO;
+    let first = keys.adopt(&keys.to_probe(), &new, now).unwrap().sealing.key_id;
+    let ring = |crk| Ring { current: world.crk(crk, 2, &world.kms), previous: Vec::new() };
+    keys.install(ring("momentary"), policy());
+    let asked = keys.to_probe();
+    keys.install(ring("final"), policy());
+    assert!(matches!(keys.adopt(&asked, &new, now), Err(NotAdopted::Stale)));
+    keys.set_ready(Ok(()));
+    assert_eq!(keys.status(now).unwrap().key_id, first);
+    let last = keys.adopt(&keys.to_probe(), &new, now).unwrap().sealing.key_id;
+    assert_eq!(last.crk(), "final");
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 
 use kms_core::key_id::KeyId;
 use kms_core::secret::Dek;
+use kms_daemon::lifecycle::Shutdown;
 use kms_plugin::keys::{Asked, Keys, Next, NotAdopted, Policy};
 use kms_plugin::probe::probe;
 use kms_plugin::provider::NewDek;
@@ -154,20 +155,36 @@ async fn another_key_id_or_a_changed_bit_does_not_authenticate() {
 
 #[tokio::test]
 async fn an_old_wdek_s_unwrap_is_a_hint_that_the_crk_was_rotated() {
+    tokio::time::pause();
     let world = World::new(policy());
     let old = seal_v2(&*world.started().await, b"old").await.unwrap();
-    let sealer = world.started().await;
-    world.kms.rotate();
-    let shutdown = kms_daemon::lifecycle::Shutdown::new();
+    let sealer = world.start();
+    let shutdown = Shutdown::new();
     let probes = tokio::spawn(kms_plugin::probe::run(sealer.clone(), HOUR, shutdown.clone()));
-    while reported(&sealer) == "v1" {
-        // The next probe is due in an hour; only the hint brings it forward.
-        open_v2(&sealer, &old).await.unwrap();
-        tokio::task::yield_now().await;
-    }
+    let seconds = |seconds| tokio::time::sleep(Duration::from_secs(seconds));
+    seconds(10).await;
+    world.kms.rotate();
+    seconds(60).await;
+    assert_eq!(reported(&sealer), "v1", "the next probe is due in an hour");
+    open_v2(&sealer, &old).await.unwrap();
+    seconds(1).await;
     assert_eq!(reported(&sealer), "v2");
     shutdown.request();
     probes.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_replica_that_missed_a_rotation_in_between_is_not_followed() {
+    let world = World::new(policy());
+    let sealer = world.started().await;
+    world.kms.rotate();
+    world.kms.rotate();
+    world.kms.set_lag(true);
+    assert!(probe(&sealer).await, "the service works");
+    assert_eq!(reported(&sealer), "v1", "v2 was never the newest here, and is not now");
+    world.kms.set_lag(false);
+    assert!(probe(&sealer).await);
+    assert_eq!(reported(&sealer), "v3");
 }
 
 /// What may happen between two looks at the sealer, in any order.
@@ -224,20 +241,24 @@ proptest! {
         let name = world.ring().current.name.clone();
         let cause = SealerError::TimedOut;
         let (mut now, mut newest, mut wraps) = (Duration::ZERO, 1, 0);
-        let mut open: Vec<Asked> = Vec::new();
+        let mut open: Vec<(Asked, usize)> = Vec::new();
         let mut history: Vec<KeyId> = Vec::new();
         for step in steps {
             match step {
-                Step::AskToSeal => open.push(keys.to_seal()),
-                Step::AskToProbe => open.push(keys.to_probe()),
+                Step::AskToSeal => open.push((keys.to_seal(), history.len())),
+                Step::AskToProbe => open.push((keys.to_probe(), history.len())),
                 Step::Answer { lag } if !open.is_empty() => {
                     wraps += 1;
                     let new = answer(newest - lag.min(newest - 1), wraps);
                     keys.set_ready(Ok(()));
-                    match keys.adopt(&open.remove(0), &new, now) {
-                        Ok(adopted) => prop_assert_eq!(
-                            &adopted.sealing.key_id, &keys.status(now).unwrap().key_id
-                        ),
+                    let (asked, known) = open.remove(0);
+                    match keys.adopt(&asked, &new, now) {
+                        Ok(adopted) => {
+                            let key_id = keys.status(now).unwrap().key_id;
+                            prop_assert_eq!(adopted.sealing.key_id, key_id);
+                            // What was asked before the last change must not bring about another.
+                            prop_assert!(!adopted.changed || known == history.len());
+                        }
                         Err(error) => prop_assert!(matches!(error, NotAdopted::Stale)),
                     }
                 }

@@ -10,8 +10,10 @@ use base64::engine::general_purpose::STANDARD;
 use kms_core::cipher::gob::{self, Secret};
 use kms_core::cipher::{v1, v2};
 use kms_plugin::keys::Policy;
+use kms_plugin::metrics::Metrics;
 use kms_plugin::probe::probe;
 use kms_plugin::sealer::{Sealed, Sealer, SealerError};
+use prometheus_client::registry::Registry;
 
 use crate::double::{
     HOUR, MINUTE, Mood, World, open_v1, open_v2, policy, refused, reported, seal_v1, seal_v2,
@@ -133,6 +135,19 @@ async fn a_dek_is_replaced_after_dek_max_age_however_often_it_is_confirmed() {
 }
 
 #[tokio::test]
+async fn dek_max_age_holds_without_any_probe_too() {
+    let world = World::new(Policy { max_age: HOUR, lifetime: 10 * HOUR, ..policy() });
+    let sealer = world.start();
+    let mut seen = wdeks(&sealer, 1).await;
+    world.clock.advance(HOUR - MINUTE);
+    seen.extend(wdeks(&sealer, 1).await);
+    assert_eq!(seen.len(), 1);
+    world.clock.advance(MINUTE);
+    seen.extend(wdeks(&sealer, 1).await);
+    assert_eq!(seen.len(), 2);
+}
+
+#[tokio::test]
 async fn the_cache_holds_no_more_than_its_capacity() {
     let world = World::new(Policy { capacity: 3, new_dek: true, ..policy() });
     let sealer = world.start();
@@ -164,12 +179,17 @@ async fn values_without_a_code_open_only_when_v1_accept_unauthenticated_says_so(
     let wdek = v1::Envelope::decode(&ours).unwrap().wdek().to_vec();
     let foreign = without_a_code(world.kms.dek_of(&wdek).as_bytes(), wdek, b"from another plug-in");
     assert_eq!(open_v1(&world.start(), &foreign).await, Err(SealerError::NotAuthentic));
+    let mut registry = Registry::default();
     let accepting = World {
         kms: world.kms.clone(),
+        metrics: Metrics::register(&mut registry, ""),
         ..World::new(Policy { accept_unauthenticated: true, ..policy() })
     };
-    let opened = open_v1(&accepting.start(), &foreign).await;
-    assert_eq!(opened.unwrap(), b"from another plug-in");
+    let sealer = accepting.start();
+    assert_eq!(open_v1(&sealer, &ours).await.unwrap(), b"old");
+    assert_eq!(open_v1(&sealer, &foreign).await.unwrap(), b"from another plug-in");
+    let metrics = accepting.metrics.render(&registry, sealer.snapshot());
+    assert!(metrics.contains("kmsplugin_v1_unauthenticated_opens_total 1"), "{metrics}");
 }
 
 /// As the seed's plug-in wrote: AES-CBC over length, payload and a fill that means nothing.
