@@ -40,8 +40,8 @@ impl Assets {
     /// # Errors
     /// When one is missing, naming it and the command that gets it.
     pub fn find(kubernetes: Kubernetes) -> Result<Self> {
-        let given =
-            std::env::var_os("KUBEBUILDER_ASSETS").filter(|_| kubernetes == Kubernetes::V1_37);
+        let given = std::env::var_os("KUBEBUILDER_ASSETS")
+            .filter(|folder| !folder.is_empty() && kubernetes == Kubernetes::V1_37);
         Self::in_folder(&given.map_or_else(|| envtest_folder(kubernetes), PathBuf::from))
     }
 

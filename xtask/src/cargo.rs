@@ -5,6 +5,8 @@ use std::process::{Command, Stdio};
 
 use keelson_e2e::{Error, Result, assets, process};
 
+use crate::envtest;
+
 /// The three programs and what is measured beside them, as released.
 ///
 /// # Errors
@@ -37,5 +39,6 @@ pub(crate) fn command(args: &[&str]) -> Command {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
     let mut command = Command::new(cargo);
     command.args(args).current_dir(assets::root()).stdin(Stdio::null()).process_group(0);
+    command.envs(envtest::given_folder().map(|folder| ("KUBEBUILDER_ASSETS", folder)));
     command
 }

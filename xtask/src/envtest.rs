@@ -50,6 +50,12 @@ pub(crate) fn is_possible() -> bool {
         || MODULES.iter().all(|m| m.is_cached().unwrap_or(false))
 }
 
+/// The folder that KUBEBUILDER_ASSETS names, as an absolute path: tests run in other folders than this program.
+pub(crate) fn given_folder() -> Option<PathBuf> {
+    let given = std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty())?;
+    std::path::absolute(given).ok()
+}
+
 /// The programs for one release, found or built.
 ///
 /// # Errors
@@ -221,10 +227,6 @@ fn watched(mut go: Command, title: &str) -> Result<()> {
         status: process::describe(status),
         output: Vec::from(last_lines).join("\n"),
     })
-}
-
-fn given_folder() -> Option<PathBuf> {
-    std::env::var_os("KUBEBUILDER_ASSETS").filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 fn cache_root() -> Result<PathBuf> {

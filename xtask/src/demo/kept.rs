@@ -8,6 +8,8 @@ use keelson_e2e::chain::{Chain, Cluster, run_folder};
 use keelson_e2e::{Error, Result, assets, pki, wait};
 use rustix::process::{Pid, Signal};
 
+use crate::envtest;
+
 /// Leaves `chain` running, writes `env.sh` and says what to try.
 ///
 /// # Errors
@@ -134,7 +136,7 @@ fn environment(chain: &Chain) -> Result<String> {
     let mut folders = vec![assets::target_folder().join("release")];
     if let Some(cluster) = &chain.cluster {
         folders.push(assets::envtest_folder(keelson_e2e::assets::Kubernetes::V1_37));
-        folders.extend(std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from));
+        folders.extend(envtest::given_folder());
         variables.push(("KUBECONFIG", cluster.apiserver.kubectl.kubeconfig.display().to_string()));
         variables.push(("ETCDCTL_ENDPOINTS", cluster.etcd.url()));
     }
