@@ -10,7 +10,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-/// Length of the seed's KMS v1 cipher, so that as many bytes travel as for the plug-in.
+/// Length of the original's KMS v1 cipher, so that as many bytes travel as for the plug-in.
 const V1_CIPHER: usize = 628;
 /// A plausible v2 ciphertext: a wrapped DEK and a sealed payload.
 const V2_CIPHERTEXT: usize = 512;

@@ -14,7 +14,7 @@ use crate::plugin::{self, Plugin};
 use crate::process::Lifetime;
 use crate::{pki, ports};
 
-/// The seed's name for the plug-in; part of every stored secret.
+/// The original's name for the plug-in; part of every stored secret.
 pub const V1_PROVIDER: &str = "KmsPlugin";
 /// The same plug-in through KMS v2; kube-apiserver wants another name.
 pub const V2_PROVIDER: &str = "KmsPluginV2";
@@ -34,10 +34,10 @@ pub struct Options<'a> {
     /// None: the chain ends at the plug-in's socket.
     pub assets: Option<Assets>,
     pub secrets: SecretsThrough,
-    /// Take the seed's ports where they are free.
-    pub seed_ports: bool,
+    /// Take the original's ports where they are free.
+    pub usual_ports: bool,
     pub lifetime: Lifetime,
-    /// Changes to the seed's plug-in configuration.
+    /// Changes to the original's plug-in configuration.
     pub configure: fn(&mut plugin::Config),
 }
 
@@ -64,15 +64,15 @@ impl Chain {
     /// # Errors
     /// When a part does not start. What runs by then is ended.
     pub fn start(options: Options<'_>, say: &mut dyn FnMut(&str)) -> Result<Self> {
-        let Options { dir, programs, assets, secrets, seed_ports, lifetime, configure } = options;
+        let Options { dir, programs, assets, secrets, usual_ports, lifetime, configure } = options;
         say("initialise a SoftHSM2 token and start kms-server");
-        let key_service = KeyService::start(&programs.kms_server, dir, seed_ports, lifetime)?;
+        let key_service = KeyService::start(&programs.kms_server, dir, usual_ports, lifetime)?;
         say("create the customer root key and the plug-in's service ID and API key");
         let kmsctl = Kmsctl::new(&programs.kmsctl, &key_service);
         let crk_id = kmsctl.create_key("kubernetes-secrets")?;
         let credential = kmsctl.create_credential("kmsplugin", "Viewer")?;
         say("write kmsplugin-config.yaml and start kmsplugin");
-        let health_port = if seed_ports { ports::prefer(HEALTHZ_PORT)? } else { ports::free()? };
+        let health_port = if usual_ports { ports::prefer(HEALTHZ_PORT)? } else { ports::free()? };
         let mut config = plugin::Config {
             socket: dir.join(SOCKET),
             token_url: key_service.token_url.clone(),
@@ -97,7 +97,7 @@ impl Chain {
         Ok(Self { cluster, plugin, key_service, kmsctl, crk_id })
     }
 
-    /// A chain for the test file `name`: free ports, a folder below `target/e2e/` that keeps its logs, the seed's
+    /// A chain for the test file `name`: free ports, a folder below `target/e2e/` that keeps its logs, the original's
     /// configuration as `configure` changes it.
     ///
     /// # Errors
@@ -115,7 +115,7 @@ impl Chain {
             programs: Programs::find()?,
             assets: kubernetes.map(Assets::find).transpose()?,
             secrets,
-            seed_ports: false,
+            usual_ports: false,
             lifetime: Lifetime::WithParent,
             configure,
         };
@@ -225,11 +225,11 @@ pub fn fresh_folder(dir: &Path) -> Result<()> {
         .map_err(Error::machine(format!("make {}", dir.display())))
 }
 
-/// As in the seed.
+/// As in the original.
 const SOCKET: &str = "keyprotectprovider.sock";
 const HEALTHZ_PORT: u16 = 20358;
 
-/// The seed's `encryption-config.yaml` for secrets, and a KMS v2 entry for configmaps on the same socket.
+/// The original's `encryption-config.yaml` for secrets, and a KMS v2 entry for configmaps on the same socket.
 fn encryption_yaml(socket: &Path, secrets: SecretsThrough) -> String {
     let endpoint = format!("unix://{}", socket.display());
     let v1 = format!(
@@ -268,7 +268,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_encryption_configuration_is_the_seed_s_with_a_v2_entry_beside_it() {
+    fn the_encryption_configuration_is_the_original_s_with_a_v2_entry_beside_it() {
         let expected = "\
 kind: EncryptionConfiguration
 apiVersion: apiserver.config.k8s.io/v1

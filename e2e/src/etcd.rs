@@ -72,7 +72,7 @@ impl Etcd {
         BASE64.decode(&first.value).map_err(|error| Error::answer("etcd", error.to_string()))
     }
 
-    /// What `etcdctl get KEY` prints: the key, a line end, the value, a line end. The seed dumps this.
+    /// What `etcdctl get KEY` prints: the key, a line end, the value, a line end. The golden dump is one.
     ///
     /// # Errors
     /// When there is no such key.

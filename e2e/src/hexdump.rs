@@ -1,4 +1,4 @@
-//! Bytes as `hexdump -C` prints them: the form in which the seed shows what is in etcd.
+//! Bytes as `hexdump -C` prints them: the form in which the original's documentation shows what is in etcd.
 
 /// Sixteen bytes a line: offset, hexadecimal, printable characters; runs of equal lines become `*`.
 pub fn canonical(bytes: &[u8]) -> String {

@@ -26,14 +26,19 @@ pub struct KeyService {
 
 impl KeyService {
     /// Writes the configuration, makes the token, the database, the default instance and the administrator, and
-    /// starts the server. Takes the seed's ports when `seed_ports` is set and they are free.
+    /// starts the server. Takes the original's ports when `usual_ports` is set and they are free.
     ///
     /// # Errors
     /// When a step fails, with what the program printed.
-    pub fn start(program: &Path, dir: &Path, seed_ports: bool, lifetime: Lifetime) -> Result<Self> {
+    pub fn start(
+        program: &Path,
+        dir: &Path,
+        usual_ports: bool,
+        lifetime: Lifetime,
+    ) -> Result<Self> {
         let pki = Pki::create(dir)?;
         let hsm = SoftHsm::create(dir)?;
-        let (keys, tokens) = if seed_ports {
+        let (keys, tokens) = if usual_ports {
             (ports::prefer(KEYS_PORT)?, ports::prefer(TOKENS_PORT)?)
         } else {
             (ports::free()?, ports::free()?)
@@ -77,7 +82,7 @@ impl KeyService {
     }
 }
 
-/// As in the seed.
+/// As in the original.
 const KEYS_PORT: u16 = 28674;
 const TOKENS_PORT: u16 = 10443;
 

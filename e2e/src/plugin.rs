@@ -1,4 +1,4 @@
-//! kmsplugin with the seed's configuration file.
+//! kmsplugin with the original's configuration file.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::process::{Lifetime, Spec};
 use crate::server::Server;
 use crate::{http, pki, wait};
 
-/// The values of the seed's `kmsplugin-config.yaml`; what is not here stands in the file as in the seed.
+/// The values of the original's `kmsplugin-config.yaml`; what is not here stands in the file as in the original.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub socket: PathBuf,
@@ -20,7 +20,7 @@ pub struct Config {
     pub crk_id: String,
     pub health_port: u16,
     pub new_dek: bool,
-    /// Settings of ours in SERVER_CONFIG, beyond the seed's.
+    /// Settings of ours in SERVER_CONFIG, beyond the original's.
     pub more: Vec<(&'static str, String)>,
 }
 

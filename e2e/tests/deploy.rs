@@ -38,7 +38,7 @@ fn the_three_files_name_the_same_socket_and_port() -> Result<()> {
     assert!(pod.contains("mountPath: \"/etc/origin/master\""));
     assert!(config.contains("HEALTHZ_PORT: \":20358\""));
     assert_eq!(pod.matches("port: 20358").count(), 2);
-    // The seed's limits.
+    // The original's limits.
     let words: Vec<&str> = pod.split_whitespace().collect();
     let limits = ["limits:", "cpu:", "12m", "memory:", "15Mi"];
     assert!(words.windows(limits.len()).any(|window| window == limits), "{pod}");

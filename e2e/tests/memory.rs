@@ -1,4 +1,4 @@
-//! The seed's pod has a limit of 15 MiB: the plug-in stays under it while 32 callers encrypt and decrypt.
+//! The original's pod has a limit of 15 MiB: the plug-in stays under it while 32 callers encrypt and decrypt.
 
 use keelson_e2e::Result;
 use keelson_e2e::chain::{Chain, SecretsThrough};
@@ -8,7 +8,7 @@ const LIMIT: u64 = 15 * 1024 * 1024;
 const CALLERS: usize = 32;
 
 #[test]
-fn the_plug_in_fits_into_the_seed_s_pod_under_load() -> Result<()> {
+fn the_plug_in_fits_into_the_original_s_pod_under_load() -> Result<()> {
     let mut chain = Chain::for_test("memory", None, SecretsThrough::V1, |_| ())?;
     let driver = Driver::connect(&chain.plugin.config.socket)?;
     assert_eq!(driver.hammer(CALLERS, 400)?, CALLERS * 400 * 4);

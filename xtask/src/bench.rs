@@ -115,7 +115,7 @@ fn start_plugin(dir: &Path, programs: Programs) -> Result<Chain> {
         programs,
         assets: None,
         secrets: SecretsThrough::V1,
-        seed_ports: false,
+        usual_ports: false,
         lifetime: Lifetime::WithParent,
         configure: |_| (),
     };

@@ -1,4 +1,4 @@
-//! The wrapped DEK as text: base64 of the compact JSON that the seed shows, and what its hash covers.
+//! The wrapped DEK as text: base64 of the compact JSON that the original wrote, and what its hash covers.
 //!
 //! Nothing here wraps or unwraps; that happens in the HSM. To the plug-in the text is opaque.
 
@@ -26,7 +26,7 @@ pub struct Wdek {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WdekVersion {
-    /// The seed's: does not say which CRK version wrapped it.
+    /// The original's: does not say which CRK version wrapped it.
     V2_0_0,
     /// With a handle.
     V2_1_0,
@@ -63,7 +63,7 @@ impl WdekVersion {
 }
 
 impl Wdek {
-    /// The text, its members in the seed's order.
+    /// The text, its members in the original's order.
     #[must_use]
     pub fn encode(&self) -> String {
         // By hand: the order is the format, and nothing in it could need escaping.

@@ -1,4 +1,4 @@
-//! Bytes that may never change: the seed's dump, and values of ours computed by other programs.
+//! Bytes that may never change: the original's dump, and values of ours computed by other programs.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 use base64::Engine;
@@ -10,7 +10,7 @@ use kms_core::key_id::KeyId;
 use kms_core::secret::Dek;
 use kms_core::wdek::{Wdek, WdekVersion};
 
-const DUMP: &str = include_str!("data/seed-secret1.hexdump");
+const DUMP: &str = include_str!("data/golden-secret1.hexdump");
 
 /// The bytes of a `hexdump -C`.
 fn dumped() -> Vec<u8> {
@@ -18,15 +18,15 @@ fn dumped() -> Vec<u8> {
     hex.map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect()
 }
 
-/// The value in the seed, without etcdctl's key line and last newline.
-fn seed_value() -> Vec<u8> {
+/// The value in the golden dump, without etcdctl's key line and last newline.
+fn golden_value() -> Vec<u8> {
     let dumped = dumped();
     let value = dumped.strip_prefix(b"/registry/secrets/default/secret1\n").unwrap();
     value.strip_suffix(b"\n").unwrap().to_vec()
 }
 
-fn seed_cipher() -> Vec<u8> {
-    let value = seed_value();
+fn golden_cipher() -> Vec<u8> {
+    let value = golden_value();
     let Ok(StoredValue::KmsV1 { provider: "KmsPlugin", body }) = classify(&value) else {
         panic!("not a KMS v1 value of KmsPlugin");
     };
@@ -37,7 +37,7 @@ fn seed_cipher() -> Vec<u8> {
 
 #[test]
 fn the_seeds_dump_decodes_completely() {
-    let cipher = seed_cipher();
+    let cipher = golden_cipher();
     assert_eq!(cipher.len(), 628);
     let secret = gob::decode(&STANDARD.decode(&cipher).unwrap()).unwrap();
     assert_eq!(secret.kp_version, 1);
@@ -53,7 +53,7 @@ fn the_seeds_dump_decodes_completely() {
 
 #[test]
 fn encoding_gives_the_seeds_628_bytes_again() {
-    let cipher = seed_cipher();
+    let cipher = golden_cipher();
     let secret = gob::decode(&STANDARD.decode(&cipher).unwrap()).unwrap();
     assert_eq!(STANDARD.encode(gob::encode(&secret)).as_bytes(), cipher);
 
@@ -63,7 +63,7 @@ fn encoding_gives_the_seeds_628_bytes_again() {
 
 #[test]
 fn the_seeds_cipher_has_no_code_of_ours() {
-    let envelope = v1::Envelope::decode(&seed_cipher()).unwrap();
+    let envelope = v1::Envelope::decode(&golden_cipher()).unwrap();
     assert_eq!((envelope.kp_version(), envelope.cipher_len()), (1, 64));
     let opened = envelope.open(&Dek::from_bytes([0; 32]), 4, false);
     assert_eq!(opened.unwrap_err(), OpenError::NotAuthentic);
@@ -71,7 +71,7 @@ fn the_seeds_cipher_has_no_code_of_ours() {
 
 #[test]
 fn each_api_refuses_the_others_values() {
-    assert_eq!(v2::Envelope::decode(&seed_cipher()).unwrap_err(), FormatError::FormatByte);
+    assert_eq!(v2::Envelope::decode(&golden_cipher()).unwrap_err(), FormatError::FormatByte);
     let (dek, key_id) = golden_key();
     let ciphertext = v2::seal(&dek, &key_id, 1, b"wdek", [0; 12], b"payload").unwrap();
     assert_eq!(v1::Envelope::decode(&ciphertext).unwrap_err(), FormatError::Base64);

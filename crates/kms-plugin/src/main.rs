@@ -32,7 +32,10 @@ fn main() -> ExitCode {
     match serve::run(source) {
         Ok(()) => ExitCode::SUCCESS,
         Err(serve::Failure::Configuration(_)) => ExitCode::from(BAD_CONFIGURATION),
-        Err(serve::Failure::Process(_)) => ExitCode::FAILURE,
+        Err(serve::Failure::Process(error)) => {
+            tracing::error!("The process cannot run: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

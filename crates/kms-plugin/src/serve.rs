@@ -5,6 +5,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,6 +14,8 @@ use kms_api::token::{TokenSettings, TokenSource};
 use kms_core::clock::{Clock, SystemClock};
 use kms_daemon::admin::{self, Routes};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
+use kms_daemon::manager::Manager;
+use kms_daemon::memory;
 use kms_daemon::settings::Mistakes;
 use kms_daemon::telemetry::{self, LogLevel};
 use prometheus_client::registry::Registry;
@@ -65,6 +68,12 @@ struct Plugin {
     reload: Arc<Notify>,
 }
 
+/// What the process was started with: a socket, if it is bound already, and who waits for news of it.
+struct Place {
+    inherited: Option<UnixListener>,
+    manager: Manager,
+}
+
 /// Serves until SIGTERM or SIGINT.
 ///
 /// # Errors
@@ -72,13 +81,18 @@ struct Plugin {
 pub fn run(source: Source) -> Result<(), Failure> {
     let clock = Arc::new(SystemClock::new());
     let (config, log) = start_log(&source, clock.clone())?;
-    harden();
+    let inherited = socket::inherited(&source.environment).map_err(io::Error::other)?;
+    let manager = Manager::new(source.environment.get("NOTIFY_SOCKET").map(String::as_str));
+    let locked = harden();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let plugin = Plugin::assemble(source, config, log, clock)?;
         watch_signals(plugin.shutdown.clone(), plugin.reload.clone())?;
         plugin.name_overridden();
-        plugin.serve().await;
+        if let Err(cause) = locked {
+            tracing::warn!("Keys may be swapped out, because memory cannot be locked: {cause}");
+        }
+        plugin.serve(Place { inherited, manager }).await;
         Ok(())
     })
 }
@@ -117,7 +131,7 @@ impl Plugin {
         }
     }
 
-    async fn serve(self) {
+    async fn serve(self, place: Place) {
         let Plugin { source, config, sealer, tools, registry, log, shutdown, reload } = self;
         let server = &config.server;
         tokio::spawn(probe::run(sealer.clone(), server.probe_interval, shutdown.clone()));
@@ -137,7 +151,7 @@ impl Plugin {
             metrics,
             take_over,
         ));
-        serve_grpc(&config, sealer, shutdown).await;
+        serve_grpc(&config, &place, sealer, shutdown).await;
     }
 }
 
@@ -161,12 +175,12 @@ fn refuse(mistakes: Mistakes) -> Failure {
     Failure::Configuration(mistakes)
 }
 
-/// No core dump and no debugger of the same user shall see a DEK or the API key.
-fn harden() {
-    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+/// No core dump, no debugger of the same user and no swap shall see a DEK or the API key.
+fn harden() -> Result<(), memory::NotLocked> {
+    if let Err(error) = memory::keep_private() {
         tracing::warn!("Core dumps stay possible: {error}");
     }
+    memory::lock()
 }
 
 /// The clients of all CRKs that the configuration names. Connects to nothing yet.
@@ -278,9 +292,9 @@ async fn open_health(health: &Health, delay: Duration, routes: Routes, shutdown:
 }
 
 /// Serves the socket; whenever that fails, again after RESTART_DELAY_IN_SECONDS.
-async fn serve_grpc(config: &Config, sealer: Arc<Sealer>, shutdown: Shutdown) {
+async fn serve_grpc(config: &Config, place: &Place, sealer: Arc<Sealer>, shutdown: Shutdown) {
     let delay = config.server.restart_delay;
-    while let Err(error) = serve_once(config, sealer.clone(), &shutdown).await {
+    while let Err(error) = serve_once(config, place, sealer.clone(), &shutdown).await {
         let seconds = delay.as_secs();
         tracing::error!("The Provider server failed and is started again in {seconds} s: {error}");
         tokio::select! {
@@ -293,13 +307,23 @@ async fn serve_grpc(config: &Config, sealer: Arc<Sealer>, shutdown: Shutdown) {
 
 async fn serve_once(
     config: &Config,
+    place: &Place,
     sealer: Arc<Sealer>,
     shutdown: &Shutdown,
 ) -> Result<(), Failed> {
     let socket = &config.server.socket;
-    let bound = socket::bind(&socket.address, &socket.options())?;
+    let options = socket.options();
+    let bound = match &place.inherited {
+        Some(listener) => socket::adopt(listener, &socket.address, &options)?,
+        None => socket::bind(&socket.address, &options)?,
+    };
     tracing::info!("The Provider server is started.");
-    Ok(grpc::serve(bound, sealer, socket.status_version, shutdown.requested()).await?)
+    place.manager.ready();
+    let ending = async {
+        shutdown.requested().await;
+        place.manager.stopping();
+    };
+    Ok(grpc::serve(bound, sealer, socket.status_version, ending).await?)
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -1,4 +1,4 @@
-//! The configuration file: the seed's example as it stands, every name and default, every mistake at once, and
+//! The configuration file: the original's example as it stands, every name and default, every mistake at once, and
 //! changes while the plug-in runs.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly, as tests do")]
 
@@ -25,12 +25,12 @@ const HOUR: Duration = Duration::from_secs(3600);
 const CA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
 const OTHER_CA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/lib.rs");
 
-/// The seed's file, its placeholders filled in and with the path of a file that exists.
-fn seed() -> String {
-    SEED.replace("/root/kmsplugin/ca.crt", CA)
+/// The original's file, its placeholders filled in and with the path of a file that exists.
+fn original() -> String {
+    ORIGINAL.replace("/root/kmsplugin/ca.crt", CA)
 }
 
-const SEED: &str = r#"SERVER_CONFIG:
+const ORIGINAL: &str = r#"SERVER_CONFIG:
   REGION: "IBMCloudPakForMCM"
   NUM_LEN_BYTES: 4
   CACHE_TIMEOUT_IN_HOURS: 1
@@ -97,8 +97,8 @@ fn api_key(config: &Config) -> String {
 }
 
 #[test]
-fn the_seed_s_file_is_read_as_it_stands() {
-    let config = read(&seed(), []).unwrap();
+fn the_original_s_file_is_read_as_it_stands() {
+    let config = read(&original(), []).unwrap();
     let server = &config.server;
     assert_eq!(server.region, "IBMCloudPakForMCM");
     assert_eq!(server.socket.address.to_string(), "/etc/origin/master/keyprotectprovider.sock");
@@ -124,8 +124,8 @@ fn the_seed_s_file_is_read_as_it_stands() {
 }
 
 #[test]
-fn the_seed_s_placeholders_are_mistakes() {
-    let text = seed()
+fn the_original_s_placeholders_are_mistakes() {
+    let text = original()
         .replace("an-api-key", "<API_KEY>")
         .replace("the-crk", "<CRK_ID")
         .replace("the-instance", "<INSTANCE_ID>");
@@ -200,7 +200,7 @@ fn each_value_is_overridden_by_an_environment_variable_of_its_name() {
         ("LOG_LEVEL", "debug"),
         ("LOG_ALL_VALUES", "true"),
     ];
-    let config = read(&seed(), names).unwrap();
+    let config = read(&original(), names).unwrap();
     let server = &config.server;
     assert_eq!((&*server.region, &*server.token_url), ("eu", "https://token"));
     assert_eq!(server.token_ca, PathBuf::from(OTHER_CA));
@@ -236,7 +236,7 @@ fn each_value_is_overridden_by_an_environment_variable_of_its_name() {
 
 #[test]
 fn all_mistakes_are_found_at_once_and_no_value_is_repeated() {
-    let text = seed()
+    let text = original()
         .replace("NUM_LEN_BYTES: 4", "NUM_LEN_BYTES: 9")
         .replace("NEW_DEK: false", "NEW_DEKS: SECRET")
         .replace("\"/etc/origin/master/keyprotectprovider.sock\"", "\"kms.sock\"")
@@ -275,7 +275,7 @@ fn the_health_port_is_understood_in_every_usual_form() {
         ("\"127.0.0.1:20358\"", "127.0.0.1:20358"),
         ("\"[::1]:20358\"", "[::1]:20358"),
     ] {
-        let text = seed().replace("\":20358\"", written);
+        let text = original().replace("\":20358\"", written);
         let config = read(&text, []).unwrap();
         assert_eq!(config.server.health.addresses[0], first.parse().unwrap(), "{written}");
     }
@@ -285,19 +285,19 @@ fn the_health_port_is_understood_in_every_usual_form() {
 fn previous_entries_have_the_same_shape_and_a_version_of_their_own() {
     let entry = "- VERSION: 2\n  CRK_ID: \"old\"\n  URL: \"https://old\"\n  INSTANCE_ID: \"i\"\n";
     let entry = format!("{entry}  KP_CA_FILE: \"{CA}\"\n");
-    let text = format!("{}KP_CONFIG_PREVIOUS:\n{entry}", seed());
+    let text = format!("{}KP_CONFIG_PREVIOUS:\n{entry}", original());
     let config = read(&text, []).unwrap();
     assert_eq!((config.previous[0].version, &*config.previous[0].crk_id), (2, "old"));
     // The environment speaks of the current entry only.
     assert_eq!(read(&text, [("CRK_ID", "new")]).unwrap().previous[0].crk_id, "old");
 
     let same =
-        format!("{}KP_CONFIG_PREVIOUS:\n{}", seed(), entry.replace("VERSION: 2", "VERSION: 1"));
+        format!("{}KP_CONFIG_PREVIOUS:\n{}", original(), entry.replace("VERSION: 2", "VERSION: 1"));
     assert!(
         mistakes(&same)[0].starts_with("KP_CONFIG_PREVIOUS[0].VERSION is 1, as another entry's")
     );
     let none =
-        format!("{}KP_CONFIG_PREVIOUS:\n{}", seed(), entry.replace("VERSION: 2", "VERSIN: 2"));
+        format!("{}KP_CONFIG_PREVIOUS:\n{}", original(), entry.replace("VERSION: 2", "VERSIN: 2"));
     assert_eq!(
         mistakes(&none),
         [
@@ -311,28 +311,28 @@ fn previous_entries_have_the_same_shape_and_a_version_of_their_own() {
 fn the_api_key_stands_in_the_file_or_in_a_file_of_its_own() {
     let key = file("from-a-file\n");
     let name = format!("API_KEY_FILE: \"{}\"", key.path.display());
-    let config = read(&seed().replace("API_KEY: \"an-api-key\"", &name), []).unwrap();
+    let config = read(&original().replace("API_KEY: \"an-api-key\"", &name), []).unwrap();
     assert_eq!(api_key(&config), key.path.display().to_string());
     assert!(config.files().contains(&key.path.as_path()));
 
-    let both = seed().replace("MAX_RETRIES: 0", &name);
+    let both = original().replace("MAX_RETRIES: 0", &name);
     assert_eq!(
         mistakes(&both),
         ["SERVER_CONFIG.API_KEY and API_KEY_FILE are both set; only one of them may be"]
     );
-    let gone = seed().replace("API_KEY: \"an-api-key\"", "API_KEY_FILE: \"/nowhere/key\"");
+    let gone = original().replace("API_KEY: \"an-api-key\"", "API_KEY_FILE: \"/nowhere/key\"");
     assert!(
         mistakes(&gone)[0]
             .starts_with("SERVER_CONFIG.API_KEY_FILE names a file that cannot be read")
     );
     fs::write(&key.path, " \n").unwrap();
-    let empty = seed().replace("API_KEY: \"an-api-key\"", &name);
+    let empty = original().replace("API_KEY: \"an-api-key\"", &name);
     assert_eq!(mistakes(&empty), ["SERVER_CONFIG.API_KEY_FILE names an empty file"]);
 }
 
 #[test]
 fn the_path_comes_from_the_option_or_from_config_file() {
-    let (here, there) = (file(&seed()), file(&least()));
+    let (here, there) = (file(&original()), file(&least()));
     let there = environment([("config_file", there.path.to_str().unwrap())]);
     let region = |source: Source| source.read().unwrap().server.region;
     assert_eq!(region(Source::new(Some(here.path.clone()), there.clone())), "IBMCloudPakForMCM");
@@ -379,9 +379,9 @@ fn hypershift_s_environment_is_a_configuration() {
 
 #[test]
 fn what_needs_a_restart_is_named() {
-    let old = read(&seed(), []).unwrap();
+    let old = read(&original(), []).unwrap();
     let new = read(
-        &seed(),
+        &original(),
         [("UNIX_SOCKET_PATH", "@other"), ("HEALTHZ_PORT", ":1"), ("CRK_ID", "other")],
     );
     assert_eq!(old.needing_restart(&new.unwrap()), ["UNIX_SOCKET_PATH", "HEALTHZ_PORT"]);
@@ -398,10 +398,10 @@ proptest::proptest! {
 
     #[test]
     fn any_value_in_any_place_is_taken_or_named(
-        line in 0..SEED.lines().count(), value in "[^\"\\\\]{0,20}",
+        line in 0..ORIGINAL.lines().count(), value in "[^\"\\\\]{0,20}",
     ) {
-        let seed = seed();
-        let mut lines: Vec<_> = seed.lines().map(str::to_owned).collect();
+        let original = original();
+        let mut lines: Vec<_> = original.lines().map(str::to_owned).collect();
         let name = lines[line].split(':').next().unwrap().to_owned();
         lines[line] = format!("{name}: \"{value}\"");
         if let Err(Mistakes(mistakes)) = read(&lines.join("\n"), []) {
@@ -417,7 +417,7 @@ type Seen = Arc<Mutex<Vec<String>>>;
 
 async fn watched(change: impl AsyncFnOnce(&File, &Notify, &Seen)) {
     tokio::time::pause();
-    let (file, reload, shutdown) = (file(&seed()), Arc::new(Notify::new()), Shutdown::new());
+    let (file, reload, shutdown) = (file(&original()), Arc::new(Notify::new()), Shutdown::new());
     let source = Source::new(Some(file.path.clone()), Environment::new());
     let (running, seen) = (source.read().unwrap(), Seen::default());
     let metrics = Metrics::unregistered();
@@ -448,7 +448,7 @@ async fn a_changed_file_is_taken_over_without_a_restart() {
     watched(async |file, _, seen| {
         a_while().await;
         assert!(seen.lock().unwrap().is_empty(), "nothing changed");
-        fs::write(&file.path, seed().replace("IBMCloudPakForMCM", "second")).unwrap();
+        fs::write(&file.path, original().replace("IBMCloudPakForMCM", "second")).unwrap();
         a_while().await;
         a_while().await;
         assert_eq!(*seen.lock().unwrap(), ["second"], "once for each change");
@@ -459,14 +459,16 @@ async fn a_changed_file_is_taken_over_without_a_restart() {
 #[tokio::test]
 async fn a_bad_file_is_refused_and_the_next_good_one_taken() {
     watched(async |file, _, seen| {
-        for bad in ["LOGGER: [", "REGION: 1", &seed().replace("IBMCloudPakForMCM", "refused"), ""] {
+        for bad in
+            ["LOGGER: [", "REGION: 1", &original().replace("IBMCloudPakForMCM", "refused"), ""]
+        {
             fs::write(&file.path, bad).unwrap();
             a_while().await;
         }
         fs::remove_file(&file.path).unwrap();
         a_while().await;
         assert!(seen.lock().unwrap().is_empty());
-        fs::write(&file.path, seed().replace("IBMCloudPakForMCM", "good")).unwrap();
+        fs::write(&file.path, original().replace("IBMCloudPakForMCM", "good")).unwrap();
         a_while().await;
         assert_eq!(*seen.lock().unwrap(), ["good"]);
     })

@@ -1,4 +1,4 @@
-//! `cargo xtask demo`: the seed's main job through real parts, in front of the reader's eyes.
+//! `cargo xtask demo`: the main job through real parts, in front of the reader's eyes.
 
 mod kept;
 mod show;
@@ -43,7 +43,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             programs: Programs::find()?,
             assets,
             secrets: SecretsThrough::V1,
-            seed_ports: true,
+            usual_ports: true,
             lifetime: if args.keep { Lifetime::Detached } else { Lifetime::WithParent },
             configure: |_| (),
         },

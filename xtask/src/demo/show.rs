@@ -37,7 +37,7 @@ pub(super) fn with_kubernetes(chain: &Chain) -> Result<()> {
     println!(
         "
 What this proves
-* An unmodified kube-apiserver wrote secret1 to etcd through KMS v1 under the seed's provider name
+* An unmodified kube-apiserver wrote secret1 to etcd through KMS v1 under the original provider name
   (k8s:enc:kms:v1:{V1_PROVIDER}:) and configmap1 through KMS v2 (k8s:enc:kms:v2:{V2_PROVIDER}:), over one socket.
 * Neither value can be found in etcd's bytes, and both were read back unchanged.
 * The key that protects them is wrapped by a root key that was made inside the HSM and cannot leave it:

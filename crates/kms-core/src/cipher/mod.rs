@@ -1,4 +1,4 @@
-//! What the plug-in returns to kube-apiserver: [`v1`] within the seed's bytes, [`v2`] in our own.
+//! What the plug-in returns to kube-apiserver: [`v1`] within the original's bytes, [`v2`] in our own.
 //!
 //! Sealing takes its IV or nonce as an argument. Opening says "not authentic" with one text for
 //! every cause, so that nobody can ask the plug-in which guess came closer.
@@ -63,7 +63,7 @@ pub enum OpenError {
     LenBytes(u8),
 }
 
-/// A key for one purpose. The DEK itself is only ever the AES-CBC key of the seed's format.
+/// A key for one purpose. The DEK itself is only ever the AES-CBC key of the original's format.
 fn derive(dek: &Dek, purpose: &str) -> Option<Zeroizing<[u8; 32]>> {
     let mut key = Zeroizing::new([0; 32]);
     let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, &[]).extract(dek.as_bytes());

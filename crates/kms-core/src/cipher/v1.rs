@@ -1,4 +1,4 @@
-//! The KMS v1 cipher: the seed's bytes, with an authentication code hidden in their fill.
+//! The KMS v1 cipher: the original's bytes, with an authentication code hidden in their fill.
 //!
 //! `base64(gob(KpVersion, WDEK, base64(IV ‖ AES-256-CBC(length ‖ payload ‖ fill))))`.
 //!

@@ -147,7 +147,7 @@ fn sealed_field_len(len: usize) -> usize {
     1 + prost::length_delimiter_len(len) + len
 }
 
-/// GCM has a key of its own, so that it never runs under the AES key of the seed's CBC format.
+/// GCM has a key of its own, so that it never runs under the AES key of the original's CBC format.
 fn gcm_key(dek: &Dek) -> Option<LessSafeKey> {
     let key = derive(dek, GCM_KEY)?;
     UnboundKey::new(&AES_256_GCM, &*key).ok().map(LessSafeKey::new)

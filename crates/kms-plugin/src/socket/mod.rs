@@ -3,11 +3,12 @@
 //! It is bound and given its mode inside a private directory and then renamed into place, so that at no moment is there
 //! a socket with other permissions, none at all, or a stale one. (A umask would do the first only, and belongs to the
 //! whole process.) A socket that somebody else serves is never replaced unless that was asked for, and a file that is
-//! no socket never at all.
+//! no socket never at all. Or the service manager bound it before and passes it on (`inherited`).
 
 mod address;
+mod inherited;
 
-use std::fs::{self, DirBuilder, Permissions};
+use std::fs::{self, DirBuilder, Metadata, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net as unix;
@@ -24,6 +25,7 @@ use tokio::time::Sleep;
 use tokio_stream::Stream;
 
 pub use address::{AddressError, MAX_NAME, SocketAddress};
+pub use inherited::inherited;
 
 /// Pause after an accept that failed for want of descriptors or memory: trying again at once cannot help.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -50,6 +52,13 @@ pub enum SocketError {
          containers share it", dir.display()
     )]
     SharedDirectory { dir: PathBuf, owner: u32, mode: u32, euid: u32 },
+    #[error("the service manager passed no socket that can be served: {0}")]
+    NotInherited(String),
+    #[error(
+        "the service manager listens on {passed}, which is not UNIX_SOCKET_PATH {address}: name the same in both \
+         (ListenStream=), and if the file was removed, restart the .socket unit"
+    )]
+    AnotherSocket { passed: String, address: String },
     #[error("cannot {what} {}: {cause}", path.display())]
     Io { what: &'static str, path: PathBuf, cause: io::Error },
 }
@@ -111,14 +120,42 @@ pub fn bind(address: &SocketAddress, options: &Options) -> Result<Bound, SocketE
         }
         SocketAddress::Abstract(name) => (bind_abstract(name, address)?, None),
     };
-    let listener = listener
-        .set_nonblocking(true)
-        .and_then(|()| UnixListener::from_std(listener))
-        .map_err(failed("listen on", Path::new(&address.to_string())))?;
-    Ok(Bound { listener, file, peers: options.peers.clone() })
+    Bound::new(listener, file, address, options)
+}
+
+/// Serves a socket that the service manager bound and keeps: clients can connect before this process runs, and between
+/// two processes of an upgrade.
+///
+/// # Errors
+/// See [`SocketError`]; above all, it is not the socket that `address` names.
+pub fn adopt(
+    listener: &unix::UnixListener,
+    address: &SocketAddress,
+    options: &Options,
+) -> Result<Bound, SocketError> {
+    let file = inherited::file(listener, address)?;
+    if let SocketAddress::File(path) = address {
+        check_directory(path.parent().unwrap_or(Path::new("/")), options)?;
+    }
+    let listener =
+        listener.try_clone().map_err(failed("share", Path::new(&address.to_string())))?;
+    Bound::new(listener, file, address, options)
 }
 
 impl Bound {
+    fn new(
+        listener: unix::UnixListener,
+        file: Option<SocketFile>,
+        address: &SocketAddress,
+        options: &Options,
+    ) -> Result<Bound, SocketError> {
+        let listener = listener
+            .set_nonblocking(true)
+            .and_then(|()| UnixListener::from_std(listener))
+            .map_err(failed("listen on", Path::new(&address.to_string())))?;
+        Ok(Bound { listener, file, peers: options.peers.clone() })
+    }
+
     /// The connections of those who may have one. Dropping the stream ends the listening and removes the file.
     pub fn incoming(self) -> Incoming {
         Incoming { listener: self.listener, file: self.file, peers: self.peers, pause: None }
@@ -198,20 +235,24 @@ impl Drop for Incoming {
 }
 
 /// The name in the file system, and by what it is recognised as ours.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 struct SocketFile {
     path: PathBuf,
     device: u64,
     inode: u64,
+    /// The service manager's: it outlives this process.
+    stays: bool,
 }
 
 impl SocketFile {
+    fn new(path: &Path, found: &Metadata, stays: bool) -> SocketFile {
+        SocketFile { path: path.to_owned(), device: found.dev(), inode: found.ino(), stays }
+    }
+
     /// Whoever replaced the file has taken over; theirs must stay.
     fn remove_if_ours(&self) {
-        let ours = self
-            .path
-            .symlink_metadata()
-            .is_ok_and(|found| found.dev() == self.device && found.ino() == self.inode);
+        let same = |found: Metadata| found.dev() == self.device && found.ino() == self.inode;
+        let ours = !self.stays && self.path.symlink_metadata().is_ok_and(same);
         if ours && let Err(error) = fs::remove_file(&self.path) {
             tracing::warn!("The socket {} stays behind: {error}", self.path.display());
         }
@@ -242,7 +283,7 @@ fn bind_file(
     fs::set_permissions(&staged, mode).map_err(failed("set the mode of", path))?;
     let made = staged.symlink_metadata().map_err(failed("look at", path))?;
     fs::rename(&staged, path).map_err(failed("put into place", path))?;
-    Ok((listener, SocketFile { path: path.to_owned(), device: made.dev(), inode: made.ino() }))
+    Ok((listener, SocketFile::new(path, &made, false)))
 }
 
 /// Whoever may write to the directory can put a socket of his own in the place of ours, and is then handed every key

@@ -8,7 +8,7 @@ use crate::plugin::Setup;
 use crate::service::Service;
 
 #[test]
-fn it_starts_with_the_seed_s_lines_and_ends_on_sigterm() {
+fn it_starts_with_the_original_s_lines_and_ends_on_sigterm() {
     let mut plugin = Setup::new().serving();
     assert_eq!(plugin.terminate().code(), Some(0));
     let lines = plugin.all_lines();

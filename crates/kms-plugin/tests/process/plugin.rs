@@ -135,7 +135,7 @@ impl Setup {
     }
 }
 
-/// Text in quotes as in the seed, numbers and switches without.
+/// Text in quotes as in the original, numbers and switches without.
 fn literal(value: &str) -> String {
     match value.parse::<u32>().is_ok() || value == "true" || value == "false" {
         true => value.to_owned(),

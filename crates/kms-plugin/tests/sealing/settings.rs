@@ -192,7 +192,7 @@ async fn values_without_a_code_open_only_when_v1_accept_unauthenticated_says_so(
     assert!(metrics.contains("kmsplugin_v1_unauthenticated_opens_total 1"), "{metrics}");
 }
 
-/// As the seed's plug-in wrote: AES-CBC over length, payload and a fill that means nothing.
+/// As the original plug-in wrote: AES-CBC over length, payload and a fill that means nothing.
 fn without_a_code(dek: &[u8], wdek: Vec<u8>, payload: &[u8]) -> Vec<u8> {
     let mut blocks = u32::try_from(payload.len()).unwrap().to_be_bytes().to_vec();
     blocks.extend_from_slice(payload);

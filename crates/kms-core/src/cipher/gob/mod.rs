@@ -1,4 +1,4 @@
-//! Go's `encoding/gob` for one struct: what the seed's plug-in wrote, byte for byte.
+//! Go's `encoding/gob` for one struct: what the original plug-in wrote, byte for byte.
 //!
 //! Written is only the one canonical stream. Read is whatever Go may send for a struct with these
 //! fields: any type id and field order, zero fields left out, further fields, whole type

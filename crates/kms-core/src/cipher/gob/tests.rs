@@ -1,4 +1,4 @@
-//! Hand-made streams of what gob allows and forbids, then arbitrary ones. The seed's bytes are in
+//! Hand-made streams of what gob allows and forbids, then arbitrary ones. The original's bytes are in
 //! `tests/golden.rs`, Go itself in `tests/go_gob.rs`.
 
 use proptest::prelude::*;

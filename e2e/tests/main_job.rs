@@ -1,4 +1,4 @@
-//! The seed's main job with the current Kubernetes: secrets through KMS v1, configmaps through KMS v2, one socket.
+//! The main job with the current Kubernetes: secrets through KMS v1, configmaps through KMS v2, one socket.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -9,13 +9,13 @@ use keelson_e2e::{Result, hexdump};
 use serde_json::json;
 
 static CHAIN: Shared = Shared::new(|| {
-    Chain::for_test("seed_job", Some(Kubernetes::V1_37), SecretsThrough::V1, |_| ())
+    Chain::for_test("main_job", Some(Kubernetes::V1_37), SecretsThrough::V1, |_| ())
 });
 
 const PLAIN: &str = "correct-horse-battery-staple";
 
 #[test]
-fn a_secret_is_stored_sealed_under_the_seed_s_provider_name() -> Result<()> {
+fn a_secret_is_stored_sealed_under_the_original_s_provider_name() -> Result<()> {
     CHAIN.with(|chain| {
         let key = "/registry/secrets/default/secret1";
         chain.kubectl()?.create_secret("secret1", "password", PLAIN)?;
@@ -33,10 +33,10 @@ fn a_secret_is_stored_sealed_under_the_seed_s_provider_name() -> Result<()> {
         assert_eq!(explained["api"], "v1");
         assert_eq!(explained["provider"], "KmsPlugin");
         assert_eq!(explained["kp_version"], 1);
-        assert_eq!(explained["cipher_bytes"], 64, "as in the seed: {explained}");
+        assert_eq!(explained["cipher_bytes"], 64, "as in the original: {explained}");
         let wdek = &explained["wdek"];
         let sizes = [&wdek["ciphertext_bytes"], &wdek["hash_bytes"], &wdek["iv_bytes"]];
-        assert_eq!(sizes, [&json!(48), &json!(64), &json!(16)], "as in the seed: {explained}");
+        assert_eq!(sizes, [&json!(48), &json!(64), &json!(16)], "as in the original: {explained}");
         assert_eq!(wdek["version"], "2.1.0");
         assert!(wdek["handle"].is_string(), "{explained}");
         Ok(())
