@@ -1,4 +1,4 @@
-//! `kmsctl inspect` as an operator runs it, on the seed's dump in each form it may come in.
+//! `kmsctl inspect` as an operator runs it, on the original's dump in each form it may come in.
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::io::Write;
@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-const DUMP: &str = include_str!("../../kms-core/tests/data/seed-secret1.hexdump");
+const DUMP: &str = include_str!("../../kms-core/tests/data/golden-secret1.hexdump");
 const KEY: &str = "/registry/secrets/default/secret1";
 
 /// What etcdctl printed into the dump: key, newline, value, newline.
@@ -47,7 +47,7 @@ fn inspect_json(args: &[&str], stdin: &[u8]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// What is expected of the seed's value, under this key.
+/// What is expected of the original's value, under this key.
 fn report(key: Option<&str>) -> Value {
     json!({
         "key": key, "api": "v1", "provider": "KmsPlugin", "encrypted_dek_bytes": 628,
