@@ -193,7 +193,7 @@ fn record(instance: Uuid) -> Record {
         caller: None,
         api_key: None,
         instance: Some(instance),
-        key: None,
+        target: None,
         version: None,
         correlation: None,
     }

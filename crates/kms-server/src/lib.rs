@@ -7,12 +7,14 @@
 pub mod app;
 pub mod audit;
 pub mod config;
+pub mod health;
 pub mod http;
 pub mod init;
 pub mod metrics;
 pub mod ops;
 pub mod policy;
 pub mod reconcile;
+pub mod serve;
 pub mod store;
 pub mod tls;
 pub mod token;

@@ -5,10 +5,12 @@ use kms_core::clock::{Clock, SystemClock};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
 use kms_daemon::telemetry;
 use kms_hsm::Vault;
-use kms_server::app::{self, App, Health, Listeners};
+use kms_server::app::App;
 use kms_server::audit::Audit;
 use kms_server::config::Config;
+use kms_server::health::Health;
 use kms_server::metrics::Metrics;
+use kms_server::serve::{self, Listeners};
 use kms_server::store::{SigningKey, SqliteStore, Store};
 use kms_server::token::Issuer;
 use kms_server::{init, tls};
@@ -98,7 +100,7 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     watch_signals(shutdown.clone(), Arc::new(Notify::new()))?;
     tracing::info!("The key service is started on {}.", config.server.keys_address);
     tracing::info!("The token service is started on {}.", config.server.tokens_address);
-    app::serve(app, listeners, tls, shutdown).await;
+    serve::serve(app, listeners, tls, shutdown).await;
     Ok(())
 }
 

@@ -45,7 +45,7 @@ struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     instance: Option<Uuid>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    key: Option<Uuid>,
+    target: Option<Uuid>,
     #[serde(skip_serializing_if = "Option::is_none")]
     version: Option<Uuid>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -87,7 +87,7 @@ impl Link {
             caller: record.caller.as_deref(),
             api_key: record.api_key,
             instance: record.instance,
-            key: record.key,
+            target: record.target,
             version: record.version,
             correlation: record.correlation.as_deref(),
         };
@@ -141,7 +141,7 @@ mod tests {
             caller: Some("iam-ServiceId-1".into()),
             api_key: None,
             instance: Some(Uuid::from_u128(7)),
-            key: None,
+            target: None,
             version: None,
             correlation: Some("line\nfeed \"quoted\"".into()),
         }

@@ -28,7 +28,8 @@ pub struct Record {
     pub caller: Option<String>,
     pub api_key: Option<Uuid>,
     pub instance: Option<Uuid>,
-    pub key: Option<Uuid>,
+    /// What the action was done to: a key; for management, the service ID, API key or instance.
+    pub target: Option<Uuid>,
     pub version: Option<Uuid>,
     /// What the caller sent as `Correlation-Id`.
     pub correlation: Option<String>,

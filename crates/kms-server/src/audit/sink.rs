@@ -272,7 +272,7 @@ impl Log {
             caller: None,
             api_key: None,
             instance: None,
-            key: None,
+            target: None,
             version: None,
             correlation: aside.file_name().map(|name| name.to_string_lossy().into_owned()),
         };

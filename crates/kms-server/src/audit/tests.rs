@@ -53,7 +53,7 @@ fn record() -> Record {
         caller: Some("iam-ServiceId-7".into()),
         api_key: Some(Uuid::from_u128(1)),
         instance: Some(Uuid::from_u128(2)),
-        key: Some(Uuid::from_u128(3)),
+        target: Some(Uuid::from_u128(3)),
         version: Some(Uuid::from_u128(4)),
         correlation: Some("request".into()),
     }

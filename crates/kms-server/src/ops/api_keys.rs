@@ -48,7 +48,7 @@ pub async fn create_api_key(
     let id = random_uuid(&*app.vault).await?;
     let key = ApiKey { id, service_id: owner.id, name, created_at: app.now() };
     app.store.add_api_key(&key, &hash(&text)).await?;
-    let subject = Subject { key: Some(key.id), version: None };
+    let subject = Subject { target: Some(key.id), version: None };
     record(app, call, Action::CreateApiKey, subject).await?;
     Ok((key, text))
 }
@@ -68,7 +68,7 @@ pub async fn revoke_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Erro
     if !app.store.revoke_api_key(id, app.now()).await? {
         return Err(Error::NotFound("API key"));
     }
-    let subject = Subject { key: Some(id), version: None };
+    let subject = Subject { target: Some(id), version: None };
     record(app, call, Action::DeleteApiKey, subject).await
 }
 

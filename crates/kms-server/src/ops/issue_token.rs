@@ -24,7 +24,7 @@ pub async fn issue_token(
         caller: Some(caller.iam_id()),
         api_key: Some(caller.api_key),
         instance: None,
-        key: None,
+        target: None,
         version: None,
         correlation,
     };

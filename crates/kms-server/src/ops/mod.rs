@@ -114,13 +114,13 @@ pub async fn enter_instance(app: &App, call: &Call) -> Result<(), Error> {
 /// What a record names besides the caller.
 #[derive(Debug, Default, Clone, Copy)]
 struct Subject {
-    key: Option<Uuid>,
+    target: Option<Uuid>,
     version: Option<Uuid>,
 }
 
 impl Subject {
     fn key(key: &Key) -> Subject {
-        Subject { key: Some(key.id), version: Some(key.version.id) }
+        Subject { target: Some(key.id), version: Some(key.version.id) }
     }
 }
 
@@ -137,10 +137,10 @@ pub async fn record_refusal(
     app: &App,
     call: &Call,
     action: Action,
-    key: Option<Uuid>,
+    target: Option<Uuid>,
     code: &'static str,
 ) -> Result<(), Error> {
-    let subject = Subject { key, version: None };
+    let subject = Subject { target, version: None };
     write(app, call, action, subject, Outcome::Refused(code)).await
 }
 
@@ -157,7 +157,7 @@ async fn write(
         caller: Some(call.caller.iam_id()),
         api_key: Some(call.caller.api_key),
         instance: call.scope.instance(),
-        key: subject.key,
+        target: subject.target,
         version: subject.version,
         correlation: call.correlation.clone(),
     };

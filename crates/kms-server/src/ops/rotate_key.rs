@@ -22,7 +22,7 @@ pub async fn rotate_key(
     let key = active_key(app, call, key).await?;
     check_interval(app, &key)?;
     let version = add_version(app, &key, material).await?;
-    let subject = Subject { key: Some(key.id), version: Some(version) };
+    let subject = Subject { target: Some(key.id), version: Some(version) };
     record(app, call, Action::RotateKey, subject).await
 }
 

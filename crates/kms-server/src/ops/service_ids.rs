@@ -44,7 +44,7 @@ pub async fn create_service_id(
         created_at: app.now(),
     };
     app.store.add_service_id(&service_id).await?;
-    let subject = Subject { key: Some(service_id.id), version: None };
+    let subject = Subject { target: Some(service_id.id), version: None };
     record(app, &there, Action::CreateServiceId, subject).await?;
     Ok(service_id)
 }

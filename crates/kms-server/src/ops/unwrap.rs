@@ -37,7 +37,7 @@ pub async fn unwrap(app: &App, call: &Call, asked: Unwrap) -> Result<Unwrapped, 
     let key = living_key(app, call, asked.key).await?;
     let (plaintext, version) = open(app, &key, &asked).await?;
     let rewrapped = rewrap(app, &key, &version, &plaintext, &asked.aad).await?;
-    let subject = Subject { key: Some(key.id), version: Some(version.id) };
+    let subject = Subject { target: Some(key.id), version: Some(version.id) };
     record(app, call, Action::Unwrap, subject).await?;
     Ok(Unwrapped { plaintext, version, rewrapped })
 }

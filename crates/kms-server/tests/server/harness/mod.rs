@@ -11,12 +11,14 @@ use kms_core::secret::SecretText;
 use kms_core::wdek::WdekVersion;
 use kms_daemon::lifecycle::Shutdown;
 use kms_hsm::memory::MemoryVault;
-use kms_server::app::{self, App, Health, Listeners, Settings};
+use kms_server::app::{App, Settings};
 use kms_server::audit::Audit;
+use kms_server::health::Health;
 use kms_server::init::{Made, fill};
 use kms_server::metrics::Metrics;
 use kms_server::ops::issue_token::hash;
 use kms_server::policy::{Caller, Grant, Role, Scope};
+use kms_server::serve::{self, Listeners};
 use kms_server::store::{ApiKey, Instance, ServiceId, SqliteStore, Store};
 use kms_server::tls;
 use kms_server::token::{Issuer, random_uuid};
@@ -115,7 +117,7 @@ impl Server {
             tls::acceptor(&dir.path().join("tls.crt"), &dir.path().join("tls.key")).unwrap();
         let shutdown = Shutdown::new();
         let serving =
-            Some(tokio::spawn(app::serve(app.clone(), listeners, acceptor, shutdown.clone())));
+            Some(tokio::spawn(serve::serve(app.clone(), listeners, acceptor, shutdown.clone())));
         Server { app, keys, tokens, health, made, clock, vault, store, dir, shutdown, serving }
     }
 
