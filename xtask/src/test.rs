@@ -31,11 +31,19 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         report.check("format", &["fmt", "--all", "--check"])?;
         let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
         report.check("lints", &clippy)?;
+        let on_hsm = ["-p", "kms-plugin", "--features", "pkcs11", "--locked"];
+        let clippy_on_hsm =
+            [&["clippy", "--all-targets"], &on_hsm[..], &["--", "-D", "warnings"]].concat();
+        report.check("lints with the provider pkcs11", &clippy_on_hsm)?;
         let unit =
             ["test", "--workspace", "--locked", "--no-fail-fast", "--exclude", "keelson-e2e"];
         report.tests(
             "unit, property, contract and socket tests",
             &[&unit, name.as_slice()].concat(),
+        )?;
+        report.tests(
+            "the plug-in straight on an HSM",
+            &[&["test", "--test", "pkcs11"], &on_hsm[..], name.as_slice()].concat(),
         )?;
         let harness = ["test", "-p", "keelson-e2e", "--lib", "--locked"];
         report.tests("tests of the harness", &[&harness, name.as_slice()].concat())?;

@@ -114,6 +114,12 @@ impl TokenSource {
         }
     }
 
+    /// How long the token that is held is still given out; `None` without one.
+    pub fn life_left(&self) -> Option<Duration> {
+        let kept = self.shared.kept()?;
+        Some(kept.ends_at.saturating_sub(self.shared.clock.now()))
+    }
+
     /// Forgets this token, because a service refused it; a newer one, got by somebody else meanwhile, stays.
     pub fn invalidate(&self, refused: &Arc<SecretText>) {
         self.shared.forget(refused);

@@ -2,7 +2,8 @@
 
 use std::io;
 
-use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::io::Errno;
+use rustix::mm::{MlockAllFlags, mlockall, munlockall};
 use rustix::process::{
     DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit,
 };
@@ -11,7 +12,7 @@ use rustix::process::{
 #[derive(Debug, thiserror::Error)]
 pub enum NotLocked {
     /// The operator may allow it.
-    #[error("RLIMIT_MEMLOCK is {} KiB, and only an unlimited one allows it (systemd: LimitMEMLOCK=infinity)", .0 / 1024)]
+    #[error("RLIMIT_MEMLOCK is {} KiB; an unlimited one (systemd: LimitMEMLOCK=infinity) or CAP_IPC_LOCK allows it", .0 / 1024)]
     Limited(u64),
     #[error("{0}")]
     Refused(#[from] io::Error),
@@ -32,10 +33,29 @@ pub fn keep_private() -> io::Result<()> {
 pub fn lock() -> Result<(), NotLocked> {
     // Root may raise the limit; for everybody else it stays as it is.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
-    // Future pages count too: under a limit an allocation would fail later, and take the process down with it.
-    if let Some(limit) = getrlimit(Resource::Memlock).current {
-        return Err(NotLocked::Limited(limit));
-    }
+    let limit = getrlimit(Resource::Memlock).current;
     let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
-    mlockall(all).map_err(|errno| NotLocked::Refused(errno.into()))
+    match (mlockall(all), limit) {
+        (Ok(()), None) => Ok(()),
+        (Ok(()), Some(limit)) => beyond(limit),
+        (Err(Errno::NOMEM | Errno::PERM | Errno::AGAIN), Some(limit)) => {
+            Err(NotLocked::Limited(limit))
+        }
+        (Err(errno), _) => Err(NotLocked::Refused(errno.into())),
+    }
+}
+
+/// Pages of the future count too: where the limit is in force, some later allocation would fail and take the process
+/// down with it. CAP_IPC_LOCK lifts the limit, but one inside a user namespace does not; so it is tried.
+fn beyond(limit: u64) -> Result<(), NotLocked> {
+    let mut more = Vec::<u8>::new();
+    let length = usize::try_from(limit).unwrap_or(usize::MAX).saturating_add(1);
+    let fits = more.try_reserve_exact(length).is_ok();
+    // Never touched, so it takes no memory; but the compiler must not leave it out.
+    std::hint::black_box(&more);
+    if fits {
+        return Ok(());
+    }
+    munlockall().map_err(io::Error::from)?;
+    Err(NotLocked::Limited(limit))
 }

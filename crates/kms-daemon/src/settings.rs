@@ -60,6 +60,11 @@ impl Settings {
         Settings { sections, environment, known, unknown, mistakes, overridden }
     }
 
+    /// True if this section is there, even empty.
+    pub fn has(&self, section: &str) -> bool {
+        self.sections.contains_key(section)
+    }
+
     /// Replaces a section as a whole.
     pub fn replace(&mut self, name: &str, section: Value) {
         self.sections.insert(name.to_owned(), section);

@@ -133,13 +133,13 @@ impl Keys {
     }
 
     /// A new configuration. Old values can be opened as it says from now on. The DEK that seals, and with it the
-    /// reported key_id, stays until the new CRK has wrapped another one.
+    /// reported key_id, stays until the new CRK, or the version that is newly named, has wrapped another one.
     pub fn install(&mut self, ring: Ring, policy: Policy) {
         if ring.current.name != self.ring.current.name {
             self.retired.clear();
         }
         if let Some(active) = &mut self.active {
-            if active.crk.name == ring.current.name {
+            if active.crk.wraps_like(&ring.current) {
                 active.crk = ring.current.clone();
             }
             if !policy.keeps_dek() {
@@ -202,7 +202,7 @@ impl Keys {
             KeyId::new(&name.instance, &name.crk, &new.version).map_err(NotAdopted::KeyId)?;
         let changed = self.reported.as_ref() != Some(&key_id);
         let outdated = self.changes != asked.changes || !self.wants(name);
-        if changed && (outdated || self.retired.contains(&key_id)) {
+        if changed && (outdated || self.is_replaced(name, &key_id)) {
             return Err(NotAdopted::Stale);
         }
         if changed {
@@ -312,13 +312,24 @@ impl Keys {
             })
     }
 
+    /// How long the token that the current CRK's service is asked with is still used; `None` without one.
+    pub fn token_life_left(&self) -> Option<Duration> {
+        self.ring.current.service.token_life_left()
+    }
+
+    /// How many configured CRKs have a service that is down, so that callers are turned away.
+    pub fn down(&self) -> usize {
+        let crks = std::iter::once(&self.ring.current).chain(&self.ring.previous);
+        crks.filter(|crk| crk.service.is_down()).count()
+    }
+
     /// True if `version` of `crk` is news: neither reported nor replaced.
     pub fn is_news(&self, crk: &CrkName, version: &str) -> bool {
         KeyId::new(&crk.instance, &crk.crk, version).is_ok_and(|key_id| {
             self.reported.as_ref().is_some_and(|reported| {
                 (reported.instance(), reported.crk()) == (key_id.instance(), key_id.crk())
                     && *reported != key_id
-            }) && !self.retired.contains(&key_id)
+            }) && !self.is_replaced(crk, &key_id)
         })
     }
 
@@ -334,11 +345,28 @@ impl Keys {
             || self.active.as_ref().is_some_and(|active| active.crk.name == *name)
     }
 
+    /// Another version has taken its place. If the configuration chooses the version, every other one is replaced, and
+    /// one that comes back was meant to; if the service does, one that was reported before is an old replica's.
+    fn is_replaced(&self, crk: &CrkName, key_id: &KeyId) -> bool {
+        let current = &self.ring.current;
+        match current.service.named_version().filter(|_| current.name == *crk) {
+            Some(named) => named != key_id.version(),
+            None => self.retired.contains(key_id),
+        }
+    }
+
     fn report(&mut self, key_id: KeyId) {
         self.changes += 1;
         if let Some(before) = self.reported.replace(key_id) {
             self.retired.push(before);
         }
+    }
+}
+
+impl Crk {
+    /// The same CRK, and the same version of it where the configuration names one.
+    fn wraps_like(&self, other: &Crk) -> bool {
+        self.name == other.name && self.service.named_version() == other.service.named_version()
     }
 }
 

@@ -5,6 +5,8 @@
 
 pub mod authority;
 pub mod config;
+#[cfg(feature = "pkcs11")]
+pub mod crk_version;
 pub mod dek_cache;
 pub mod flight;
 pub mod grpc;
@@ -13,6 +15,7 @@ pub mod metrics;
 pub mod probe;
 pub mod provider;
 pub mod random;
+pub mod ring;
 pub mod sealer;
 pub mod serve;
 pub mod socket;

@@ -21,6 +21,10 @@ struct Arguments {
     /// Says whether the configuration is valid, and ends.
     #[arg(long)]
     check_config: bool,
+    /// Makes a CRK version in the HSM of the section PKCS11, prints its name for PKCS11.CRK_VERSION, and ends.
+    #[cfg(feature = "pkcs11")]
+    #[arg(long, conflicts_with = "check_config")]
+    new_crk_version: bool,
 }
 
 fn main() -> ExitCode {
@@ -29,11 +33,15 @@ fn main() -> ExitCode {
     if arguments.check_config {
         return check(&source);
     }
+    #[cfg(feature = "pkcs11")]
+    if arguments.new_crk_version {
+        return new_crk_version(&source);
+    }
     match serve::run(source) {
         Ok(()) => ExitCode::SUCCESS,
         Err(serve::Failure::Configuration(_)) => ExitCode::from(BAD_CONFIGURATION),
-        Err(serve::Failure::Process(error)) => {
-            tracing::error!("The process cannot run: {error}");
+        Err(failure @ serve::Failure::Process(_)) => {
+            tracing::error!("It ends, because {failure}");
             ExitCode::FAILURE
         }
     }
@@ -50,6 +58,24 @@ fn check(source: &Source) -> ExitCode {
             mistakes.iter().for_each(|mistake| eprintln!("{mistake}"));
             ExitCode::from(BAD_CONFIGURATION)
         }
+    }
+}
+
+#[cfg(feature = "pkcs11")]
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "the answer to --new-crk-version")]
+fn new_crk_version(source: &Source) -> ExitCode {
+    use kms_plugin::crk_version::{self, Failure};
+    let failure = match crk_version::make(source) {
+        Ok(id) => {
+            println!("{id}");
+            return ExitCode::SUCCESS;
+        }
+        Err(failure) => failure,
+    };
+    eprintln!("{failure}");
+    match failure {
+        Failure::Configuration(_) => ExitCode::from(BAD_CONFIGURATION),
+        Failure::Hsm(_) | Failure::Process(_) => ExitCode::FAILURE,
     }
 }
 

@@ -28,6 +28,9 @@ pub struct Metrics {
     dek_cache_entries: Gauge,
     dek_age_seconds: Seconds,
     dek_uses: Gauge,
+    token_life_left_seconds: Seconds,
+    breakers_open: Gauge,
+    build: Family<Labels<1>, Gauge>,
     probes: Family<Labels<1>, Counter>,
     ready: Gauge,
     key_ids: Family<[(&'static str, String); 1], Gauge>,
@@ -41,6 +44,8 @@ pub struct Snapshot {
     pub dek_cache_entries: usize,
     pub dek_age: Duration,
     pub dek_uses: u64,
+    pub token_life_left: Option<Duration>,
+    pub crks_down: usize,
 }
 
 impl Metrics {
@@ -53,7 +58,9 @@ impl Metrics {
             _ => registry.sub_registry_with_label(("region".into(), region.to_owned().into())),
         };
         metrics.add_requests(registry);
+        metrics.add_provider(registry);
         metrics.add_keys(registry);
+        metrics.build.get_or_create(&[("version", env!("CARGO_PKG_VERSION"))]).set(1);
         metrics
     }
 
@@ -69,6 +76,9 @@ impl Metrics {
             dek_cache_entries: Gauge::default(),
             dek_age_seconds: Seconds::default(),
             dek_uses: Gauge::default(),
+            token_life_left_seconds: Seconds::default(),
+            breakers_open: Gauge::default(),
+            build: Family::default(),
             probes: Family::default(),
             ready: Gauge::default(),
             key_ids: Family::default(),
@@ -131,6 +141,8 @@ impl Metrics {
         self.dek_cache_entries.set(i64::try_from(now.dek_cache_entries).unwrap_or(i64::MAX));
         self.dek_age_seconds.set(now.dek_age.as_secs_f64());
         self.dek_uses.set(i64::try_from(now.dek_uses).unwrap_or(i64::MAX));
+        self.token_life_left_seconds.set(now.token_life_left.unwrap_or_default().as_secs_f64());
+        self.breakers_open.set(i64::try_from(now.crks_down).unwrap_or(i64::MAX));
         let mut text = String::new();
         // Writing into a String cannot fail.
         let _ = encode(&mut text, registry);
@@ -148,6 +160,15 @@ impl Metrics {
             "Time from a request's arrival to its answer",
             self.request_seconds.clone(),
         );
+        registry.register(
+            "config_reloads",
+            "Changes of the configuration file by outcome: accepted, refused (the old one keeps running)",
+            self.config_reloads.clone(),
+        );
+        registry.register("build_info", "1 for the version that runs", self.build.clone());
+    }
+
+    fn add_provider(&self, registry: &mut Registry) {
         registry.register(
             "provider_calls",
             "Calls to the key service by operation (wrap, unwrap) and outcome: ok, refused (it said no), \
@@ -171,9 +192,14 @@ impl Metrics {
             self.ready.clone(),
         );
         registry.register(
-            "config_reloads",
-            "Changes of the configuration file by outcome: accepted, refused (the old one keeps running)",
-            self.config_reloads.clone(),
+            "breakers_open",
+            "How many configured CRKs have a key service that is down, so that callers are turned away unasked",
+            self.breakers_open.clone(),
+        );
+        registry.register(
+            "token_life_left_seconds",
+            "How long the token of the token service is still used (0: none is held)",
+            self.token_life_left_seconds.clone(),
         );
     }
 
@@ -242,7 +268,8 @@ mod tests {
         metrics.v1_unauthenticated();
         metrics.probe(true);
         metrics.config_reload(false);
-        let now = Snapshot { dek_cache_entries: 3, dek_uses: 4, ..Snapshot::default() };
+        let now =
+            Snapshot { dek_cache_entries: 3, dek_uses: 4, crks_down: 1, ..Snapshot::default() };
         let text = metrics.render(&registry, now);
         for line in [
             r#"kmsplugin_requests_total{region="eu",api="v2",method="Encrypt",code="OK"} 1"#,
@@ -253,6 +280,13 @@ mod tests {
             r#"kmsplugin_config_reloads_total{region="eu",outcome="refused"} 1"#,
             r#"kmsplugin_dek_cache_entries{region="eu"} 3"#,
             r#"kmsplugin_dek_uses{region="eu"} 4"#,
+            r#"kmsplugin_breakers_open{region="eu"} 1"#,
+            r#"kmsplugin_token_life_left_seconds{region="eu"} 0"#,
+            concat!(
+                r#"kmsplugin_build_info{region="eu",version=""#,
+                env!("CARGO_PKG_VERSION"),
+                r#""} 1"#
+            ),
         ] {
             assert!(text.contains(line), "{line} is not in\n{text}");
         }

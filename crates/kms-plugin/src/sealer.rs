@@ -43,9 +43,6 @@ pub struct Status {
 /// Why a request was not answered, by who must act.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SealerError {
-    /// The caller sent bytes that this plug-in never made.
-    #[error("the value is not one of this plug-in: {0}")]
-    Malformed(String),
     #[error("{what} has {bytes} bytes, the limit is {limit}")]
     TooLarge { what: &'static str, bytes: usize, limit: usize },
     /// One text for every failure of authentication, whatever it was.
@@ -127,7 +124,7 @@ impl Sealer {
     }
 
     pub async fn decrypt_v1(&self, cipher: &[u8], call: Call) -> Result<SecretBytes, SealerError> {
-        let envelope = v1::Envelope::decode(cipher)?;
+        let envelope = v1::Envelope::decode(cipher).map_err(foreign)?;
         let kp_version = envelope.kp_version();
         tracing::info!(target: VALUES, uid = call.uid, kp_version, wdek = %Shown(envelope.wdek()), "opening v1");
         let crk = self
@@ -172,7 +169,7 @@ impl Sealer {
         let unknown = || SealerError::UnknownKey(format!("key_id {key_id:?}"));
         let key_id = KeyId::parse(key_id).map_err(|_| unknown())?;
         let crk = self.keys().named(&CrkName::of(&key_id)).ok_or_else(unknown)?;
-        let envelope = v2::Envelope::decode(ciphertext)?;
+        let envelope = v2::Envelope::decode(ciphertext).map_err(foreign)?;
         tracing::info!(target: VALUES, uid = call.uid, %key_id, wdek = %Shown(envelope.wdek()), "opening v2");
         let dek = self.in_time(&call, self.dek_in(&crk, envelope.wdek(), &call)).await?;
         Ok(envelope.open(&dek, &key_id)?)
@@ -197,8 +194,15 @@ impl Sealer {
     }
 
     pub fn snapshot(&self) -> Snapshot {
-        let (dek_age, dek_uses) = self.keys().age_and_uses(self.now());
-        Snapshot { dek_cache_entries: self.deks.len(), dek_age, dek_uses }
+        let keys = self.keys();
+        let (dek_age, dek_uses) = keys.age_and_uses(self.now());
+        Snapshot {
+            dek_cache_entries: self.deks.len(),
+            dek_age,
+            dek_uses,
+            token_life_left: keys.token_life_left(),
+            crks_down: keys.down(),
+        }
     }
 
     /// The DEK to seal with, and what belongs to it.
@@ -398,10 +402,11 @@ impl From<NotAdopted> for SealerError {
     }
 }
 
-impl From<FormatError> for SealerError {
-    fn from(error: FormatError) -> SealerError {
-        SealerError::Malformed(error.to_string())
-    }
+/// Bytes that this plug-in never made. The caller learns no more than from any other value that does not open: where
+/// a change was noticed would tell a forger how far it came.
+fn foreign(error: FormatError) -> SealerError {
+    tracing::debug!("Not a value of this plug-in: {error}.");
+    SealerError::NotAuthentic
 }
 
 impl From<OpenError> for SealerError {

@@ -9,8 +9,6 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms_api::client::{Ca, ClientSettings, KeyProtect, SetupError, USER_AGENT};
-use kms_api::token::{TokenSettings, TokenSource};
 use kms_core::clock::{Clock, SystemClock};
 use kms_daemon::admin::{self, Routes};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
@@ -24,20 +22,16 @@ use tokio::net::{TcpListener, UnixStream};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-use crate::config::{self, Config, Health, KpConfig, Source};
-use crate::dek_cache::CrkName;
+use crate::config::{self, Config, Health, Source};
 use crate::grpc;
-use crate::keys::{Crk, Ring};
 use crate::metrics::Metrics;
 use crate::probe;
-use crate::provider::guard::{Guard, Patience, Tools};
-use crate::provider::keyprotect::KeyProtectCrk;
+use crate::provider::guard::Tools;
 use crate::random::Random;
+use crate::ring::RingMaker;
 use crate::sealer::Sealer;
 use crate::socket::{self, SocketAddress, SocketError};
 
-/// More connections serve no more calls, and each costs a TLS handshake and memory.
-const CONNECTIONS: usize = 2;
 /// A server that fails at once is not started again faster than this, whatever is set.
 const LEAST_DELAY: Duration = Duration::from_millis(100);
 /// The client's preface and an empty SETTINGS frame (RFC 9113, 3.4): every HTTP/2 server answers with its SETTINGS.
@@ -61,6 +55,7 @@ struct Plugin {
     source: Source,
     config: Config,
     sealer: Arc<Sealer>,
+    rings: RingMaker,
     tools: Tools,
     registry: Registry,
     log: telemetry::Handle,
@@ -79,9 +74,10 @@ struct Place {
 /// # Errors
 /// See [`Failure`].
 pub fn run(source: Source) -> Result<(), Failure> {
+    let inherited = socket::inherited(&source.environment);
     let clock = Arc::new(SystemClock::new());
     let (config, log) = start_log(&source, clock.clone())?;
-    let inherited = socket::inherited(&source.environment).map_err(io::Error::other)?;
+    let inherited = inherited.map_err(io::Error::other)?;
     let manager = Manager::new(source.environment.get("NOTIFY_SOCKET").map(String::as_str));
     let locked = harden();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -105,7 +101,7 @@ pub fn check(source: &Source) -> Result<(), Mistakes> {
     let config = source.read()?;
     let clock = Arc::new(SystemClock::new());
     let tools = Tools { clock, random: Random::system(), metrics: Metrics::unregistered() };
-    ring(&config, &tools).map(drop)
+    RingMaker::new(tools).ring(&config).map(drop)
 }
 
 impl Plugin {
@@ -118,10 +114,11 @@ impl Plugin {
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry, &config.server.region);
         let tools = Tools { clock, random: Random::system(), metrics };
-        let ring = ring(&config, &tools).map_err(refuse)?;
+        let rings = RingMaker::new(tools.clone());
+        let ring = rings.ring(&config).map_err(refuse)?;
         let sealer = Arc::new(Sealer::new(ring, config.server.policy, tools.clone()));
         let (shutdown, reload) = (Shutdown::new(), Arc::new(Notify::new()));
-        Ok(Plugin { source, config, sealer, tools, registry, log, shutdown, reload })
+        Ok(Plugin { source, config, sealer, rings, tools, registry, log, shutdown, reload })
     }
 
     fn name_overridden(&self) {
@@ -132,15 +129,15 @@ impl Plugin {
     }
 
     async fn serve(self, place: Place) {
-        let Plugin { source, config, sealer, tools, registry, log, shutdown, reload } = self;
+        let Plugin { source, config, sealer, rings, tools, registry, log, shutdown, reload } = self;
         let server = &config.server;
         tokio::spawn(probe::run(sealer.clone(), server.probe_interval, shutdown.clone()));
         let routes =
             routes(&server.health, &server.socket.address, &sealer, &tools.metrics, registry);
         open_health(&server.health, server.restart_delay, routes, shutdown.clone()).await;
         let take_over = {
-            let (sealer, tools) = (sealer.clone(), tools.clone());
-            move |old: &Config, new: &Config| take_over(old, new, &sealer, &tools, &log)
+            let sealer = sealer.clone();
+            move |old: &Config, new: &Config| take_over(old, new, &sealer, &rings, &log)
         };
         let metrics = tools.metrics.clone();
         tokio::spawn(config::watch(
@@ -183,59 +180,15 @@ fn harden() -> Result<(), memory::NotLocked> {
     memory::lock()
 }
 
-/// The clients of all CRKs that the configuration names. Connects to nothing yet.
-fn ring(config: &Config, tools: &Tools) -> Result<Ring, Mistakes> {
-    let server = &config.server;
-    let token = TokenSettings {
-        url: server.token_url.clone(),
-        ca: Some(Ca::File(server.token_ca.clone())),
-    };
-    let tokens = TokenSource::new(&token, server.api_key.clone(), tools.clock.clone());
-    let mut mistakes = Vec::new();
-    let mut note = |name: &str, error: SetupError| mistakes.push(format!("{name}: {error}"));
-    let tokens = tokens.map_err(|error| note("SERVER_CONFIG.TOKEN_URL", error)).ok();
-    let mut crks: Vec<_> = config
-        .entries()
-        .filter_map(|entry| {
-            let name = format!("KP_CONFIG (VERSION {})", entry.version);
-            let client = client(entry, tokens.clone()?).map_err(|error| note(&name, error)).ok()?;
-            Some(crk(entry, client, server.patience, tools))
-        })
-        .collect();
-    match mistakes.is_empty() && !crks.is_empty() {
-        true => Ok(Ring { current: crks.remove(0), previous: crks }),
-        false => Err(Mistakes(mistakes)),
-    }
-}
-
-fn client(entry: &KpConfig, tokens: TokenSource) -> Result<KeyProtect, SetupError> {
-    let settings = ClientSettings {
-        url: entry.url.clone(),
-        instance_id: entry.instance_id.clone(),
-        ca: Some(Ca::File(entry.ca.clone())),
-        max_connections: CONNECTIONS,
-        user_agent: USER_AGENT.to_owned(),
-    };
-    KeyProtect::new(&settings, tokens)
-}
-
-fn crk(entry: &KpConfig, client: KeyProtect, patience: Patience, tools: &Tools) -> Arc<Crk> {
-    let service = Arc::new(KeyProtectCrk::new(client, entry.crk_id.clone()));
-    let name =
-        CrkName { instance: entry.instance_id.as_str().into(), crk: entry.crk_id.as_str().into() };
-    let service = Guard::new(service, patience, tools.clone());
-    Arc::new(Crk { name, kp_version: entry.version, service })
-}
-
 /// A changed configuration: what can change while the process runs, does.
 fn take_over(
     old: &Config,
     new: &Config,
     sealer: &Sealer,
-    tools: &Tools,
+    rings: &RingMaker,
     log: &telemetry::Handle,
 ) -> Result<(), Mistakes> {
-    sealer.install(ring(new, tools)?, new.server.policy);
+    sealer.install(rings.ring(new)?, new.server.policy);
     log.change(new.logger);
     let waiting = old.needing_restart(new);
     if !waiting.is_empty() {

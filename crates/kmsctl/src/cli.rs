@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::cmd::{api_keys, bench, completion, inspect, instances, keys, service_ids};
+use crate::cmd::{api_keys, bench, completion, conformance, inspect, instances, keys, service_ids};
 use crate::output::Format;
 
 const AFTER_HELP: &str = "\
@@ -46,6 +46,9 @@ pub(crate) enum Command {
     /// Drive a KMS plug-in's socket and measure it
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::Args),
+    /// Judge a KMS plug-in through its socket by what kube-apiserver demands
+    #[command(after_help = conformance::EXAMPLES)]
+    Conformance(conformance::Args),
     /// Print a completion script for a shell
     #[command(after_help = completion::EXAMPLES)]
     Completion(completion::Args),

@@ -30,6 +30,8 @@ pub(crate) enum Error {
     Socket { socket: String, cause: String },
     #[error("not one of {calls} calls succeeded; the first failed with: {first}")]
     AllCallsFailed { calls: u64, first: String },
+    #[error("{failed} of {cases} cases failed")]
+    NotConforming { failed: usize, cases: usize },
     #[error("the asynchronous runtime cannot start: {0}")]
     Runtime(io::Error),
     #[error("the result cannot be printed: {0}")]
@@ -37,6 +39,11 @@ pub(crate) enum Error {
 }
 
 impl Error {
+    /// Nobody accepts on this socket.
+    pub(crate) fn socket(socket: &str, cause: &dyn std::error::Error) -> Error {
+        Error::Socket { socket: socket.to_owned(), cause: causes(cause) }
+    }
+
     /// Prints what happened and what to do, and gives the exit code.
     pub(crate) fn report(&self) -> ExitCode {
         if let Error::Output(error) = self
@@ -72,6 +79,9 @@ impl Error {
                 "Is the plug-in running, and is this its UNIX_SOCKET_PATH? Its log says where it listens.".to_owned()
             }
             Error::AllCallsFailed { .. } => "The plug-in's log has more about these calls.".to_owned(),
+            Error::NotConforming { .. } => {
+                "Each is explained in the report, with why it matters to kube-apiserver.".to_owned()
+            }
             Error::File { cause, .. } => match cause.kind() {
                 io::ErrorKind::PermissionDenied => "Run as a user who may use this file.".to_owned(),
                 io::ErrorKind::AlreadyExists => "Choose another name; existing files are never overwritten.".to_owned(),
@@ -80,6 +90,17 @@ impl Error {
             Error::Setup(_) | Error::Input { .. } | Error::Runtime(_) | Error::Output(_) => return None,
         })
     }
+}
+
+/// An error with everything that stands behind it.
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        text = format!("{text}: {cause}");
+        next = cause.source();
+    }
+    text
 }
 
 fn service_remedy(error: &client::Error) -> Option<&'static str> {

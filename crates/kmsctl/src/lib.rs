@@ -8,6 +8,8 @@ mod error;
 mod output;
 pub mod source;
 
+pub use cmd::conformance::hpack;
+
 use std::process::ExitCode;
 
 use clap::Parser;

@@ -124,6 +124,11 @@ impl KeyProtect {
         Ok(KeyProtect { https, instance, tokens })
     }
 
+    /// How long the token that is held is still used; `None` without one.
+    pub fn token_life_left(&self) -> Option<Duration> {
+        self.tokens.life_left()
+    }
+
     /// Wraps `plaintext` with the CRK; without it the service makes a DEK, wraps it and returns both.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! The plug-in's configuration, complete and checked. How the file looks is in `schema`, what IBM's containers pass
 //! in their environment instead is in `hypershift`, how changes are noticed is in `watch`.
 
+mod hsm;
 mod hypershift;
 mod schema;
 mod watch;
@@ -20,6 +21,7 @@ use crate::keys::Policy;
 use crate::provider::guard::Patience;
 use crate::socket::{self, SocketAddress};
 
+pub use self::hsm::Hsm;
 pub use self::watch::watch;
 
 /// No configuration is longer; whatever is, was named by mistake.
@@ -33,12 +35,14 @@ pub struct Config {
     pub current: KpConfig,
     /// Those that only unwrap.
     pub previous: Vec<KpConfig>,
+    /// Where the CRKs are, if not behind a key service.
+    pub hsm: Option<Hsm>,
     pub logger: telemetry::Settings,
     /// Names whose values came from the environment.
     pub overridden: Vec<&'static str>,
 }
 
-/// SERVER_CONFIG.
+/// SERVER_CONFIG. With an HSM, what leads to a token service stays empty.
 #[derive(Debug, Clone)]
 pub struct Server {
     pub region: String,
@@ -80,7 +84,7 @@ pub struct Health {
     pub addresses: Vec<SocketAddr>,
 }
 
-/// KP_CONFIG, or one entry of KP_CONFIG_PREVIOUS.
+/// KP_CONFIG, or one entry of KP_CONFIG_PREVIOUS. With an HSM, what leads to a key service stays empty.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KpConfig {
     pub version: i64,
@@ -145,11 +149,14 @@ impl Config {
             ApiKeySource::File(path) => Some(path.as_path()),
             ApiKeySource::Inline(_) => None,
         };
-        cas.chain([self.server.token_ca.as_path()]).chain(api_key).collect()
+        let files = cas.chain([self.server.token_ca.as_path()]).chain(api_key);
+        files.filter(|path| !path.as_os_str().is_empty()).collect()
     }
 
     /// The names of settings that differ in `new` and take effect only when the process starts.
     pub fn needing_restart(&self, new: &Config) -> Vec<&'static str> {
+        let hsms = self.hsm.as_ref().zip(new.hsm.as_ref());
+        let other_hsm = hsms.is_some_and(|(old, new)| old.is_elsewhere(new));
         let (old, new) = (&self.server, &new.server);
         let changes = [
             ("REGION", old.region != new.region),
@@ -162,6 +169,7 @@ impl Config {
             ("HEALTHZ_PORT", old.health.addresses != new.health.addresses),
             ("RESTART_DELAY_IN_SECONDS", old.restart_delay != new.restart_delay),
             ("PROBE_INTERVAL_IN_SECONDS", old.probe_interval != new.probe_interval),
+            (hsm::SECTION, other_hsm),
         ];
         changes.into_iter().filter(|(_, changed)| *changed).map(|(name, _)| name).collect()
     }

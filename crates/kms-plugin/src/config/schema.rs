@@ -12,7 +12,7 @@ use kms_core::secret::SecretText;
 use kms_daemon::settings::{Mistakes, Section, Settings};
 use kms_daemon::telemetry::{self, LogLevel};
 
-use super::{Config, Health, KpConfig, Server, Socket, StatusVersion};
+use super::{Config, Health, KpConfig, Server, Socket, StatusVersion, hsm};
 use crate::keys::Policy;
 use crate::provider::guard::Patience;
 use crate::socket::{AddressError, SocketAddress};
@@ -24,32 +24,48 @@ const YEAR_IN_HOURS: u64 = 8760;
 /// # Errors
 /// Every mistake at once.
 pub(super) fn config(mut settings: Settings) -> Result<Config, Mistakes> {
-    let server = settings.section("SERVER_CONFIG", server_config);
-    let current = settings.section("KP_CONFIG", |section| kp_config(section, Some(1)));
-    let previous = settings.sections("KP_CONFIG_PREVIOUS", |section| kp_config(section, None));
+    let hsm = hsm::read(&mut settings);
+    let way = if hsm.is_some() { Way::Hsm } else { Way::KeyService };
+    let server = settings.section("SERVER_CONFIG", |section| server_config(section, way));
+    let current = settings.section("KP_CONFIG", |section| kp_config(section, Some(1), way));
+    let previous = settings.sections("KP_CONFIG_PREVIOUS", |section| kp_config(section, None, way));
     let logger = settings.section("LOGGER", logger);
     check_versions(&mut settings, &current, &previous);
     let overridden = settings.overridden().to_vec();
     settings.finish()?;
     // Without an API key there was a mistake, and finish() has returned it.
     let server = server.ok_or_else(|| Mistakes(vec!["SERVER_CONFIG.API_KEY is missing".into()]))?;
-    Ok(Config { server, current, previous, logger, overridden })
+    Ok(Config { server, current, previous, hsm, logger, overridden })
 }
 
-fn server_config(section: &mut Section<'_>) -> Option<Server> {
+/// What stands behind the CRKs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    KeyService,
+    Hsm,
+}
+
+fn server_config(section: &mut Section<'_>, way: Way) -> Option<Server> {
     let server = Server {
         region: section.text("REGION").unwrap_or_default(),
         socket: socket(section),
         health: health(section),
         restart_delay: seconds(section, "RESTART_DELAY_IN_SECONDS", 0, 30),
         probe_interval: seconds(section, "PROBE_INTERVAL_IN_SECONDS", 1, 30),
-        token_url: url(section, "TOKEN_URL"),
-        token_ca: file(section, "TOKEN_URL_CA_FILE"),
+        token_url: of_service(section, way, "TOKEN_URL", url),
+        token_ca: of_service(section, way, "TOKEN_URL_CA_FILE", file),
         patience: patience(section),
         policy: policy(section),
         api_key: ApiKeySource::File(PathBuf::new()),
     };
-    let api_key = api_key(section)?;
+    let api_key = match way {
+        Way::KeyService => api_key(section)?,
+        Way::Hsm => {
+            refuse_service(section, "API_KEY");
+            refuse_service(section, "API_KEY_FILE");
+            ApiKeySource::File(PathBuf::new())
+        }
+    };
     Some(Server { api_key, ..server })
 }
 
@@ -133,11 +149,28 @@ fn api_key(section: &mut Section<'_>) -> Option<ApiKeySource> {
     }
 }
 
-fn kp_config(section: &mut Section<'_>, default_version: Option<u64>) -> KpConfig {
+fn kp_config(section: &mut Section<'_>, default_version: Option<u64>, way: Way) -> KpConfig {
     if default_version.is_none() && !section.has("VERSION") {
         section.mistake("VERSION", "is missing: KMS v1 values name their entry by it");
     }
     let version = section.number("VERSION", 0..=u64::from(u32::MAX), default_version.unwrap_or(0));
+    let (crk_id, instance_id) = match way {
+        Way::KeyService => names(section),
+        Way::Hsm => {
+            let mut name = |name| hsm::uuid(section, name).to_string();
+            (name("CRK_ID"), name("INSTANCE_ID"))
+        }
+    };
+    KpConfig {
+        version: i64::try_from(version).unwrap_or(i64::MAX),
+        crk_id,
+        instance_id,
+        url: of_service(section, way, "URL", url),
+        ca: of_service(section, way, "KP_CA_FILE", file),
+    }
+}
+
+fn names(section: &mut Section<'_>) -> (String, String) {
     let crk_id = filled_in(section, "CRK_ID");
     let instance_id = filled_in(section, "INSTANCE_ID");
     for (name, instance, crk) in [("CRK_ID", "i", &*crk_id), ("INSTANCE_ID", &*instance_id, "c")] {
@@ -146,13 +179,7 @@ fn kp_config(section: &mut Section<'_>, default_version: Option<u64>) -> KpConfi
             section.mistake(name, "must be printable ASCII without '/' and blanks");
         }
     }
-    KpConfig {
-        version: i64::try_from(version).unwrap_or(i64::MAX),
-        crk_id,
-        instance_id,
-        url: url(section, "URL"),
-        ca: file(section, "KP_CA_FILE"),
-    }
+    (crk_id, instance_id)
 }
 
 fn check_versions(settings: &mut Settings, current: &KpConfig, previous: &[KpConfig]) {
@@ -185,6 +212,27 @@ fn filled_in(section: &mut Section<'_>, name: &'static str) -> String {
     text
 }
 
+/// A setting that only a key service needs.
+fn of_service<T: Default>(
+    section: &mut Section<'_>,
+    way: Way,
+    name: &'static str,
+    read: fn(&mut Section<'_>, &'static str) -> T,
+) -> T {
+    if way == Way::KeyService {
+        return read(section, name);
+    }
+    refuse_service(section, name);
+    T::default()
+}
+
+/// An API key that nobody uses should not lie about in a file.
+fn refuse_service(section: &mut Section<'_>, name: &'static str) {
+    if section.text(name).is_some() {
+        section.mistake(name, "is for a key service; with the section PKCS11 there is none");
+    }
+}
+
 fn refuse_placeholder(section: &mut Section<'_>, name: &str, text: &str) {
     if text.starts_with('<') {
         section.mistake(name, "still holds the placeholder of the example");
@@ -200,7 +248,7 @@ fn url(section: &mut Section<'_>, name: &'static str) -> String {
 }
 
 /// A file that has to be there, with something in it.
-fn file(section: &mut Section<'_>, name: &'static str) -> PathBuf {
+pub(super) fn file(section: &mut Section<'_>, name: &'static str) -> PathBuf {
     let path = PathBuf::from(section.required(name));
     if path.as_os_str().is_empty() {
         return path;

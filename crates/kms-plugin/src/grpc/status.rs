@@ -33,9 +33,7 @@ pub(super) fn name(code: Code) -> &'static str {
 
 fn code(error: &SealerError) -> Code {
     match error {
-        SealerError::Malformed(_) | SealerError::TooLarge { .. } | SealerError::NotAuthentic => {
-            Code::InvalidArgument
-        }
+        SealerError::TooLarge { .. } | SealerError::NotAuthentic => Code::InvalidArgument,
         SealerError::UnknownKey(_) => Code::NotFound,
         SealerError::Refused { refusal, .. } => match refusal {
             // Operators search for the service's words behind exactly "code = Unknown desc = ".
@@ -57,7 +55,6 @@ mod tests {
     fn every_failure_has_its_code() {
         let refused = |refusal| SealerError::Refused { refusal, text: "no".into() };
         for (error, expected) in [
-            (SealerError::Malformed(String::new()), "INVALID_ARGUMENT"),
             (SealerError::TooLarge { what: "it", bytes: 2, limit: 1 }, "INVALID_ARGUMENT"),
             (SealerError::NotAuthentic, "INVALID_ARGUMENT"),
             (SealerError::UnknownKey(String::new()), "NOT_FOUND"),

@@ -69,6 +69,21 @@ impl Guard {
         self.ask("unwrap", &call, || self.service.unwrap(wdek, &call)).await
     }
 
+    /// See [`KeyService::named_version`].
+    pub fn named_version(&self) -> Option<&str> {
+        self.service.named_version()
+    }
+
+    /// See [`KeyService::token_life_left`].
+    pub fn token_life_left(&self) -> Option<Duration> {
+        self.service.token_life_left()
+    }
+
+    /// Callers are turned away unasked, but for one now and then.
+    pub fn is_down(&self) -> bool {
+        self.breaker.is_open()
+    }
+
     fn within_budget(&self, call: &Call) -> Call {
         let budget = budget(call.deadline);
         let deadline = self.patience.timeout.map_or(budget, |timeout| timeout.min(budget));
@@ -145,6 +160,11 @@ struct Outage {
 }
 
 impl Breaker {
+    fn is_open(&self) -> bool {
+        let outage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        outage.failures >= FAILURES_TO_OPEN
+    }
+
     fn turns_away(&self, now: Duration) -> Option<Error> {
         let mut outage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if outage.failures < FAILURES_TO_OPEN {

@@ -2,6 +2,8 @@
 //!
 //! Hosts and paths of the service go to the log, never into the text that kube-apiserver shows its users.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -54,6 +56,10 @@ impl KeyService for KeyProtectCrk {
             dek: decoded(&answer.plaintext)?,
             active_version: answer.rewrapped_key_version.map(named),
         })
+    }
+
+    fn token_life_left(&self) -> Option<Duration> {
+        self.client.token_life_left()
     }
 }
 
@@ -124,7 +130,6 @@ fn refusal(refusal: Refusal, text: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     fn call() -> Call {
         Call { uid: "u".into(), deadline: Duration::from_secs(3) }

@@ -1,13 +1,16 @@
 //! The key service as the sealer sees it: it makes DEKs and unwraps WDEKs. What stands behind it (a REST
 //! service, a token in this node) and how it is asked is below this trait.
 //!
-//! A WDEK is opaque here; nobody in this crate looks inside one.
+//! A WDEK is opaque here; only a provider that makes them itself looks inside one.
 
 pub mod guard;
 pub mod keyprotect;
+#[cfg(feature = "pkcs11")]
+pub mod pkcs11;
 
 use std::fmt::Debug;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use kms_core::secret::Dek;
@@ -22,6 +25,16 @@ pub trait KeyService: Send + Sync + Debug {
 
     /// The DEK inside `wdek`, whichever version of the CRK wrapped it.
     async fn unwrap(&self, wdek: &[u8], call: &Call) -> Result<Unwrapped, Error>;
+
+    /// The CRK version that wraps, where not the service chooses it but the configuration.
+    fn named_version(&self) -> Option<&str> {
+        None
+    }
+
+    /// How long the token that the service is asked with is still used, where there is such a thing.
+    fn token_life_left(&self) -> Option<Duration> {
+        None
+    }
 }
 
 #[derive(Debug, Clone)]

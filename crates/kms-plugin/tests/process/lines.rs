@@ -100,6 +100,23 @@ fn the_sample_is_valid_once_it_is_filled_in() {
     assert_eq!(stderr.lines().count(), 5, "{stderr}");
 }
 
+#[cfg(not(feature = "pkcs11"))]
+#[test]
+fn a_build_without_pkcs11_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kmsplugin-config.yaml");
+    let id = "6d3f5a2e-8a4e-4c83-9a4d-1f1f0f6f2a01";
+    let text = format!(
+        "SERVER_CONFIG:\n  UNIX_SOCKET_PATH: \"@kms\"\n\
+         KP_CONFIG:\n  CRK_ID: {id}\n  INSTANCE_ID: {id}\n\
+         PKCS11:\n  LIBRARY: /opt/hsm.so\n  TOKEN_LABEL: kek\n  PIN: \"1234\"\n"
+    );
+    std::fs::write(&path, text).unwrap();
+    let (code, _, stderr) = output(command().args(["--check-config", "--config"]).arg(&path));
+    assert_eq!(code, Some(64));
+    assert_eq!(stderr, "PKCS11: this kmsplugin was built without the feature pkcs11\n");
+}
+
 #[test]
 fn the_samples_agree_with_each_other() {
     let read = |name: &str| {

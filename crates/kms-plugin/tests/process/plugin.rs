@@ -2,6 +2,8 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::net::TcpListener;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -110,14 +112,14 @@ impl Setup {
 
     /// Writes the file and starts the plug-in with it.
     pub(crate) fn start(&self) -> Plugin {
+        self.start_by(command())
+    }
+
+    /// The same by a command of the caller's.
+    pub(crate) fn start_by(&self, mut command: Command) -> Plugin {
         self.write_config();
-        let mut child =
-            command().env("config_file", self.config()).stderr(Stdio::piped()).spawn().unwrap();
-        let log = Arc::new(Log::default());
-        let (stderr, into) = (child.stderr.take().unwrap(), log.clone());
-        std::thread::spawn(move || into.fill(stderr));
-        let (socket, health_port) = (self.socket(), self.health_port);
-        Plugin { child, log, socket, health_port, _folder: self.folder.clone() }
+        command.env("config_file", self.config());
+        Plugin::spawn(command, self.socket(), self.health_port, self.folder.clone())
     }
 
     /// Starts it and waits until it serves.
@@ -150,6 +152,15 @@ pub(crate) fn command() -> Command {
     command
 }
 
+/// The binary as systemd starts it for a socket that it has bound: descriptor 3, and its own pid in LISTEN_PID.
+pub(crate) fn activated(listener: &UnixListener) -> Command {
+    let mut command = Command::new("/bin/sh");
+    let script = r#"exec 3<&0 </dev/null; LISTEN_FDS=1 LISTEN_PID=$$ exec "$0""#;
+    let listener = OwnedFd::from(listener.try_clone().unwrap());
+    command.env_clear().args(["-c", script, env!("CARGO_BIN_EXE_kmsplugin")]).stdin(listener);
+    command
+}
+
 pub(crate) fn output(command: &mut Command) -> (Option<i32>, String, String) {
     let Output { status, stdout, stderr } = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -168,6 +179,20 @@ impl Log {
 }
 
 impl Plugin {
+    /// Runs a command that will serve `socket` and `health_port`.
+    pub(crate) fn spawn(
+        mut command: Command,
+        socket: String,
+        health_port: u16,
+        folder: Arc<TempDir>,
+    ) -> Plugin {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
+        let log = Arc::new(Log::default());
+        let (stderr, into) = (child.stderr.take().unwrap(), log.clone());
+        std::thread::spawn(move || into.fill(stderr));
+        Plugin { child, log, socket, health_port, _folder: folder }
+    }
+
     /// Waits for a line that holds this text.
     pub(crate) fn line(&self, text: &str) -> String {
         let found = |lines: &[String]| lines.iter().find(|line| line.contains(text)).cloned();
@@ -194,6 +219,14 @@ impl Plugin {
     pub(crate) fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
+    }
+
+    /// One line of /proc/PID/status, in the unit that it has there.
+    pub(crate) fn memory(&self, name: &str) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let text = std::fs::read_to_string(path).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
     pub(crate) fn wait(&mut self) -> ExitStatus {

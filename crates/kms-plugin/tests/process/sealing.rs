@@ -141,8 +141,48 @@ async fn values_survive_an_outage_and_the_metrics_tell_of_it() {
         r#"kmsplugin_requests_total{region="eu",api="v2",method="Decrypt",code="OK"} 1"#.to_owned(),
         r#"kmsplugin_provider_calls_total{region="eu",operation="wrap",outcome="ok"} 1"#.to_owned(),
         r#"kmsplugin_dek_uses{region="eu"} 1"#.to_owned(),
+        r#"kmsplugin_breakers_open{region="eu"} 0"#.to_owned(),
+        // The token service said 3600 s; most of them are left.
+        r#"kmsplugin_token_life_left_seconds{region="eu"} 3"#.to_owned(),
         format!(r#"kmsplugin_key_id_info{{region="eu",key_id_hash="{hash}"}} 1"#),
     ] {
         assert!(metrics.contains(&line), "{line} is not in\n{metrics}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_is_named_alike_in_kube_apiserver_and_key_service() {
+    let service = Service::start(API_KEY).await;
+    let setup = Setup::for_service(&service)
+        .with("NEW_DEK", "true")
+        .with("CACHE_TIMEOUT_IN_HOURS", "0")
+        .with("PROBE_INTERVAL_IN_SECONDS", "3600");
+    let plugin = setup.ready();
+    let asked = |action| service.correlation_ids(&format!("/api/v2/keys/crk?action={action}"));
+    for action in ["wrap", "unwrap"] {
+        let own = asked(action);
+        let probes = own.iter().all(|id| id.starts_with("probe-") && id.len() == 22);
+        assert!(probes && !own.is_empty(), "background work has names of its own: {own:?}");
+    }
+    let (wraps, unwraps) = (asked("wrap").len(), asked("unwrap").len());
+    let sealed = plugin.encrypt_v2(PAYLOAD).await.unwrap();
+    assert_eq!(asked("wrap")[wraps..], ["canary-uid"]);
+    plugin.decrypt_v2(&sealed).await.unwrap();
+    assert_eq!(asked("unwrap")[unwraps..], ["canary-uid"]);
+    // KMS v1 has no uid, so the plug-in names the request, in its log as to the service.
+    plugin.encrypt_v1(PAYLOAD).await.unwrap();
+    let named = &asked("wrap")[wraps + 1..];
+    assert!(named.len() == 1 && named[0].starts_with("v1-"), "{named:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_down_shows_in_the_metrics() {
+    let plugin = Setup::new().serving();
+    for _ in 0..3 {
+        assert!(plugin.encrypt_v2(PAYLOAD).await.is_err());
+    }
+    let (_, metrics) = plugin.health("/metrics").await;
+    for line in ["kmsplugin_breakers_open 1", "kmsplugin_token_life_left_seconds 0"] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
     }
 }

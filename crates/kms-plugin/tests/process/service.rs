@@ -41,6 +41,14 @@ struct Facts {
     /// WDEK to (DEK in base64, version).
     deks: HashMap<String, (String, u32)>,
     asked: usize,
+    /// The path and the correlation id of each request.
+    named: Vec<(String, String)>,
+}
+
+struct Request {
+    path: String,
+    correlation_id: String,
+    body: String,
 }
 
 impl Service {
@@ -77,6 +85,12 @@ impl Service {
 
     pub(crate) fn asked(&self) -> usize {
         self.facts(|facts| facts.asked)
+    }
+
+    /// The correlation ids of the requests for this path.
+    pub(crate) fn correlation_ids(&self, path: &str) -> Vec<String> {
+        let of_path = |(asked, id): &(String, String)| (asked == path).then(|| id.clone());
+        self.facts(|facts| facts.named.iter().filter_map(of_path).collect())
     }
 
     pub(crate) fn wdeks(&self) -> Vec<String> {
@@ -121,11 +135,13 @@ async fn accept(listener: TcpListener, acceptor: TlsAcceptor, state: Arc<State>)
 }
 
 async fn serve(mut stream: TlsStream<TcpStream>, state: &State) {
-    while let Some((path, body)) = read(&mut stream).await {
+    while let Some(request) = read(&mut stream).await {
         let (status, answer) = {
             let mut facts = state.facts.lock().unwrap();
             facts.asked += 1;
-            answer(&mut facts, &path, &body)
+            let answer = answer(&mut facts, &request.path, &request.body);
+            facts.named.push((request.path, request.correlation_id));
+            answer
         };
         state.answers.subscribe().wait_for(|answers| *answers).await.unwrap();
         let answer = answer.to_string();
@@ -136,20 +152,25 @@ async fn serve(mut stream: TlsStream<TcpStream>, state: &State) {
     }
 }
 
-async fn read(stream: &mut TlsStream<TcpStream>) -> Option<(String, String)> {
+async fn read(stream: &mut TlsStream<TcpStream>) -> Option<Request> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         head.push(stream.read_u8().await.ok()?);
     }
     let head = String::from_utf8(head).unwrap();
-    let length = head.lines().find_map(|line| {
-        let (name, value) = line.split_once(": ")?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.parse().unwrap())
-    });
-    let mut body = vec![0; length.unwrap_or(0)];
+    let header = |wanted: &str| {
+        head.lines().find_map(|line| {
+            let (name, value) = line.split_once(": ")?;
+            name.eq_ignore_ascii_case(wanted).then_some(value)
+        })
+    };
+    let mut body = vec![0; header("content-length").map_or(0, |length| length.parse().unwrap())];
     stream.read_exact(&mut body).await.ok()?;
-    let path = head.split(' ').nth(1)?.to_owned();
-    Some((path, String::from_utf8(body).unwrap()))
+    Some(Request {
+        path: head.split(' ').nth(1)?.to_owned(),
+        correlation_id: header("correlation-id").unwrap_or_default().to_owned(),
+        body: String::from_utf8(body).unwrap(),
+    })
 }
 
 fn answer(facts: &mut Facts, path: &str, body: &str) -> (u16, Value) {

@@ -3,6 +3,7 @@
 pub(crate) mod api_keys;
 pub(crate) mod bench;
 pub(crate) mod completion;
+pub(crate) mod conformance;
 pub(crate) mod inspect;
 pub(crate) mod instances;
 pub(crate) mod keys;
@@ -25,6 +26,7 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
         Command::Instances(args) => wait(instances::run(args, output))?,
         Command::Inspect(args) => inspect::run(&args, output),
         Command::Bench(args) => wait(bench::run(args, output))?,
+        Command::Conformance(args) => wait(conformance::run(args, output))?,
         Command::Completion(args) => completion::run(&args, output),
     }
 }

@@ -74,11 +74,12 @@ struct Report {
 }
 
 pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error> {
+    let no_socket = |cause: &dyn std::error::Error| Error::socket(&args.socket, cause);
     let process = match args.pid {
         Pid::Given(pid) => Some(Process::new(pid)),
-        Pid::Auto => process::behind(&args.socket).map_err(|cause| no_socket(&args, cause))?,
+        Pid::Auto => process::behind(&args.socket).map_err(|cause| no_socket(&cause))?,
     };
-    let channel = grpc::connect(&args.socket).await.map_err(|cause| no_socket(&args, cause))?;
+    let channel = grpc::connect(&args.socket).await.map_err(|cause| no_socket(&cause))?;
     let clock = SystemClock::new();
     let load = load::Load { channel, api: args.api, op: args.op, callers: args.callers };
 
@@ -160,16 +161,6 @@ fn show(report: &Report, output: &mut Output<'_>) -> Result<(), Error> {
         ("process", report.pid.map(|pid| pid.to_string())),
     ];
     output.thing(&members, report)
-}
-
-fn no_socket(args: &Args, cause: impl std::error::Error) -> Error {
-    let mut text = cause.to_string();
-    let mut next = cause.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    Error::Socket { socket: args.socket.clone(), cause: text }
 }
 
 /// On standard error, and only if that is a terminal.
