@@ -18,11 +18,22 @@ pub enum NotLocked {
     Refused(#[from] io::Error),
 }
 
+/// No core dump, no debugger of the same user and no swap shall see a key, a PIN or a token.
+///
+/// # Errors
+/// Why pages may still be swapped out; the caller says so in its log when its start-up lines are out.
+pub fn protect() -> Result<(), NotLocked> {
+    if let Err(error) = keep_private() {
+        tracing::warn!("Core dumps stay possible: {error}");
+    }
+    lock()
+}
+
 /// From now on neither a core dump nor a debugger of the same user shows this process's memory.
 ///
 /// # Errors
 /// The operating system refuses.
-pub fn keep_private() -> io::Result<()> {
+fn keep_private() -> io::Result<()> {
     Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
@@ -30,7 +41,7 @@ pub fn keep_private() -> io::Result<()> {
 ///
 /// # Errors
 /// See [`NotLocked`]; nothing is locked then.
-pub fn lock() -> Result<(), NotLocked> {
+fn lock() -> Result<(), NotLocked> {
     // Root may raise the limit; for everybody else it stays as it is.
     let _ = setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None });
     let limit = getrlimit(Resource::Memlock).current;

@@ -79,7 +79,7 @@ pub fn run(source: Source) -> Result<(), Failure> {
     let (config, log) = start_log(&source, clock.clone())?;
     let inherited = inherited.map_err(io::Error::other)?;
     let manager = Manager::new(source.environment.get("NOTIFY_SOCKET").map(String::as_str));
-    let locked = harden();
+    let locked = memory::protect();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let plugin = Plugin::assemble(source, config, log, clock)?;
@@ -170,14 +170,6 @@ fn refuse(mistakes: Mistakes) -> Failure {
         tracing::error!("Configuration: {mistake}");
     }
     Failure::Configuration(mistakes)
-}
-
-/// No core dump, no debugger of the same user and no swap shall see a DEK or the API key.
-fn harden() -> Result<(), memory::NotLocked> {
-    if let Err(error) = memory::keep_private() {
-        tracing::warn!("Core dumps stay possible: {error}");
-    }
-    memory::lock()
 }
 
 /// A changed configuration: what can change while the process runs, does.

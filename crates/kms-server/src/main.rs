@@ -3,6 +3,7 @@
 use clap::{Parser, Subcommand, ValueEnum};
 use kms_core::clock::{Clock, SystemClock};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
+use kms_daemon::memory;
 use kms_daemon::telemetry;
 use kms_hsm::Vault;
 use kms_server::app::App;
@@ -91,6 +92,9 @@ async fn initialise(cli: &Cli, output: Output) -> Result<(), Failure> {
 async fn serve(cli: &Cli) -> Result<(), Failure> {
     let config = Config::load(&cli.config)?;
     let clock = clock(&config)?;
+    if let Err(cause) = memory::protect() {
+        tracing::warn!("Keys may be swapped out, because memory cannot be locked: {cause}");
+    }
     let tls = tls::acceptor(&config.server.tls_cert_file, &config.server.tls_key_file)?;
     let (store, signing_key) = store(&config).await?;
     let vault: Arc<dyn Vault> = Arc::new(init::open_vault(&config.hsm)?);
