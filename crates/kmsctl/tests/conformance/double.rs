@@ -226,6 +226,8 @@ impl V2 for Double {
         let running = self.running.fetch_add(1, Ordering::Relaxed);
         match self.fault {
             Fault::StatusWaitsForDecrypts => self.in_turn().await,
+            // Long enough for a hundred callers to meet, on a busy machine too.
+            Fault::FullAtOnce => tokio::time::sleep(Duration::from_millis(100)).await,
             // So that those that come together are there together.
             _ => tokio::task::yield_now().await,
         }
