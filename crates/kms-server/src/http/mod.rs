@@ -193,8 +193,8 @@ async fn settle(
     result: Result<Answer, Problem>,
 ) -> Result<Answer, Problem> {
     let Err(problem) = &result else { return result };
-    let key = asked.id.and_then(auth::uuid);
-    ops::record_refusal(app, call, asked.action, key, problem.code()).await?;
+    let target = asked.id.and_then(auth::uuid);
+    ops::record_refusal(app, call, asked.action, target, problem.code()).await?;
     result
 }
 
