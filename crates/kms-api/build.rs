@@ -3,7 +3,7 @@
 
 use std::error::Error;
 
-const FILES: [&str; 2] = ["proto/v1beta1.proto", "proto/v2.proto"];
+const FILES: [&str; 3] = ["proto/v1beta1.proto", "proto/v2.proto", "proto/etcd.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     for file in FILES {

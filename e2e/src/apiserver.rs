@@ -8,9 +8,9 @@ use std::time::Duration;
 use crate::assets::Assets;
 use crate::error::{Error, Result};
 use crate::etcd::Etcd;
-use crate::process::{self, Lifetime, Spec};
+use crate::process::{self, Lifetime, Process, Spec};
 use crate::server::Server;
-use crate::{pki, ports, wait};
+use crate::{http, pki, ports, wait};
 
 /// One kube-apiserver.
 #[derive(Debug)]
@@ -64,6 +64,14 @@ impl ApiServer {
     /// When it does not become ready again.
     pub fn restart(&mut self) -> Result<()> {
         self.server.kill()?;
+        self.start_again()
+    }
+
+    /// Starts the process, which was ended before.
+    ///
+    /// # Errors
+    /// When it does not become ready.
+    pub fn start_again(&mut self) -> Result<()> {
         self.server.start()?;
         self.wait_until_ready()
     }
@@ -79,6 +87,39 @@ impl ApiServer {
                 Err(error) => Err(error.to_string()),
             }
         })
+    }
+}
+
+/// `kubectl proxy`: kube-apiserver's API over plain HTTP, for more calls than one can start a kubectl for.
+#[derive(Debug)]
+pub struct Proxy {
+    process: Process,
+    pub port: u16,
+}
+
+impl Proxy {
+    /// Creates an object below `path`, such as `/api/v1/namespaces/default/secrets`.
+    ///
+    /// # Errors
+    /// Whatever is not `201 Created`, with kube-apiserver's answer.
+    pub fn create(&self, path: &str, object: &str) -> Result<()> {
+        expect(201, http::post_json(self.port, path, object)).map(drop)
+    }
+
+    /// Reads `path`.
+    ///
+    /// # Errors
+    /// Whatever is not `200 OK`, with kube-apiserver's answer.
+    pub fn read(&self, path: &str) -> Result<String> {
+        expect(200, http::get(self.port, path))
+    }
+}
+
+fn expect(status: u16, answer: std::result::Result<(u16, String), String>) -> Result<String> {
+    match answer {
+        Ok((seen, body)) if seen == status => Ok(body),
+        Ok((seen, body)) => Err(Error::answer("kube-apiserver", format!("{seen} {body}"))),
+        Err(text) => Err(Error::answer("kubectl proxy", text)),
     }
 }
 
@@ -98,6 +139,23 @@ impl Kubectl {
     pub fn run(&self, args: &[&str], stdin: &[u8]) -> Result<String> {
         let bytes = process::stdout(self.command(args), stdin)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// Starts `kubectl proxy` and waits until kube-apiserver answers through it.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn proxy(&self, dir: &Path, lifetime: Lifetime) -> Result<Proxy> {
+        let port = ports::free()?;
+        let spec = Spec::new("kubectl-proxy", &self.program, dir, lifetime)
+            .arg("proxy")
+            .arg(format!("--port={port}"))
+            .env("KUBECONFIG", &self.kubeconfig);
+        let proxy = Proxy { process: Process::start(&spec)?, port };
+        wait::until("kubectl proxy", READY_WITHIN, &[&proxy.process], || {
+            proxy.read("/livez").map_err(|error| error.to_string())
+        })?;
+        Ok(proxy)
     }
 
     /// `kubectl create secret generic NAME --from-literal=KEY=VALUE` in the namespace `default`.

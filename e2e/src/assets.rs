@@ -60,6 +60,9 @@ impl Assets {
     }
 }
 
+/// The variable that names the folder with our programs, if they are not to be those of the ordinary release build.
+pub const PROGRAMS: &str = "KEELSON_PROGRAMS";
+
 /// Our own programs, as released.
 #[derive(Debug, Clone)]
 pub struct Programs {
@@ -69,19 +72,35 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// The release build.
+    /// Those in the folder that [`PROGRAMS`] names, else the release build.
     ///
     /// # Errors
     /// When one was not built.
     pub fn find() -> Result<Self> {
         const REMEDY: &str = "run `cargo build --release`";
-        let folder = target_folder().join("release");
+        let folder = programs_folder();
         Ok(Self {
             kmsplugin: program(&folder, "kmsplugin", REMEDY)?,
             kms_server: program(&folder, "kms-server", REMEDY)?,
             kmsctl: program(&folder, "kmsctl", REMEDY)?,
         })
     }
+}
+
+/// kmsplugin as released with the provider `pkcs11`, beside the ordinary one.
+///
+/// # Errors
+/// When it was not built.
+pub fn kmsplugin_on_hsm() -> Result<PathBuf> {
+    const REMEDY: &str = "run `cargo xtask test --e2e on_hsm`, which builds it";
+    program(&programs_folder().join(ON_HSM), "kmsplugin", REMEDY)
+}
+
+/// Where the build with the provider `pkcs11` is, below the folder of the programs.
+pub const ON_HSM: &str = "on-hsm";
+
+fn programs_folder() -> PathBuf {
+    std::env::var_os(PROGRAMS).map_or_else(|| target_folder().join("release"), PathBuf::from)
 }
 
 /// The workspace's root.

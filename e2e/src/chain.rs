@@ -19,9 +19,11 @@ pub const V1_PROVIDER: &str = "KmsPlugin";
 /// The same plug-in through KMS v2; kube-apiserver wants another name.
 pub const V2_PROVIDER: &str = "KmsPluginV2";
 
-/// Which API kube-apiserver encrypts secrets through. Configmaps always go through v2.
+/// Which API kube-apiserver encrypts secrets through. Configmaps go through v2.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SecretsThrough {
+    /// No plug-in yet: secrets and configmaps are stored as they are.
+    Nothing,
     V1,
     V2,
 }
@@ -56,6 +58,8 @@ pub struct Chain {
 pub struct Cluster {
     pub apiserver: ApiServer,
     pub etcd: Etcd,
+    /// kube-apiserver reads it when it starts.
+    pub encryption_config: PathBuf,
 }
 
 impl Chain {
@@ -81,6 +85,9 @@ impl Chain {
             api_key: credential.api_key,
             instance_id: key_service.instance_id.clone(),
             crk_id: crk_id.clone(),
+            kp_version: 1,
+            previous: Vec::new(),
+            api_key_file: None,
             health_port,
             new_dek: false,
             more: Vec::new(),
@@ -147,8 +154,43 @@ impl Chain {
     }
 }
 
+/// Another control-plane node of the same cluster: a plug-in and a kube-apiserver of its own, the same etcd.
+#[derive(Debug)]
+pub struct Node {
+    pub plugin: Plugin,
+    pub apiserver: ApiServer,
+}
+
+impl Node {
+    /// Starts a node whose plug-in has the chain's configuration as `configure` changes it, in `dir`.
+    ///
+    /// # Errors
+    /// When a part does not start.
+    pub fn join(
+        chain: &Chain,
+        dir: &Path,
+        secrets: SecretsThrough,
+        configure: impl FnOnce(&mut plugin::Config),
+    ) -> Result<Self> {
+        fresh_folder(dir)?;
+        let lifetime = Lifetime::WithParent;
+        let mut config = chain.plugin.config.clone();
+        config.socket = dir.join(SOCKET);
+        config.health_port = ports::free()?;
+        configure(&mut config);
+        let mut plugin = Plugin::prepare(&Programs::find()?.kmsplugin, dir, config, lifetime)?;
+        plugin.start()?;
+        let encryption_config = dir.join("encryption-config.yaml");
+        pki::write_file(&encryption_config, &encryption_yaml(&plugin.config.socket, secrets))?;
+        let assets = Assets::find(Kubernetes::V1_37)?;
+        let etcd = &chain.cluster()?.etcd;
+        let apiserver = ApiServer::start(&assets, etcd, &encryption_config, dir, lifetime)?;
+        Ok(Self { plugin, apiserver })
+    }
+}
+
 impl Cluster {
-    fn start(
+    pub(crate) fn start(
         assets: &Assets,
         dir: &Path,
         socket: &Path,
@@ -162,7 +204,7 @@ impl Cluster {
         let encryption_config = dir.join("encryption-config.yaml");
         pki::write_file(&encryption_config, &encryption_yaml(socket, secrets))?;
         let apiserver = ApiServer::start(assets, &etcd, &encryption_config, dir, lifetime)?;
-        Ok(Self { apiserver, etcd })
+        Ok(Self { apiserver, etcd, encryption_config })
     }
 }
 
@@ -252,6 +294,7 @@ fn encryption_yaml(socket: &Path, secrets: SecretsThrough) -> String {
         format!("  - resources:\n{resources}    providers:\n{providers}      - identity: {{}}\n")
     };
     match secrets {
+        SecretsThrough::Nothing => format!("{head}{}", block("      - secrets\n", "")),
         SecretsThrough::V1 => {
             let (secrets, configmaps) =
                 (block("      - secrets\n", &v1), block("      - configmaps\n", &v2));

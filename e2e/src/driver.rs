@@ -16,6 +16,7 @@ use kms_api::grpc::v2::{
     DecryptRequest as V2Decrypt, EncryptRequest as V2Encrypt, EncryptResponse, StatusRequest,
     StatusResponse,
 };
+use kms_core::clock::{Clock, SystemClock};
 use tokio::runtime::Runtime;
 use tonic::Request;
 use tonic::transport::{Channel, Endpoint};
@@ -99,6 +100,27 @@ impl Driver {
     pub fn v2_decrypt(&self, sealed: &EncryptResponse) -> Result<Vec<u8>> {
         let request = with_deadline(v2_decrypt_request(sealed));
         Ok(self.runtime.block_on(self.v2().decrypt(request))?.into_inner().plaintext)
+    }
+
+    /// How long each of `calls` calls of Status took, one after the other; the shortest first.
+    ///
+    /// # Errors
+    /// The first call that fails.
+    pub fn status_times(&self, calls: usize) -> Result<Vec<Duration>> {
+        let clock = SystemClock::new();
+        let mut v2 = self.v2();
+        let mut times = self.runtime.block_on(async {
+            let mut times = Vec::with_capacity(calls);
+            for _ in 0..calls {
+                let request = with_deadline(StatusRequest {});
+                let before = clock.now();
+                v2.status(request).await?;
+                times.push(clock.now() - before);
+            }
+            Ok::<_, Error>(times)
+        })?;
+        times.sort_unstable();
+        Ok(times)
     }
 
     /// `callers` at once, each of which encrypts and decrypts `rounds` times through both APIs. Returns the number

@@ -11,7 +11,7 @@ use std::time::Duration;
 ///
 /// # Errors
 /// The reason in words, for a condition that is polled.
-pub(crate) fn get(port: u16, path: &str) -> Result<(u16, String), String> {
+pub fn get(port: u16, path: &str) -> Result<(u16, String), String> {
     exchange(port, &format!("GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n"))
 }
 
@@ -19,7 +19,7 @@ pub(crate) fn get(port: u16, path: &str) -> Result<(u16, String), String> {
 ///
 /// # Errors
 /// The reason in words.
-pub(crate) fn post_json(port: u16, path: &str, body: &str) -> Result<(u16, String), String> {
+pub fn post_json(port: u16, path: &str, body: &str) -> Result<(u16, String), String> {
     let length = body.len();
     let head = "Host: 127.0.0.1\r\nContent-Type: application/json";
     exchange(

@@ -16,7 +16,9 @@ use crate::{http, ports, wait};
 #[derive(Debug)]
 pub struct KeyService {
     pub server: Server,
-    health_port: u16,
+    pub health_port: u16,
+    pub audit: PathBuf,
+    pub pki: Pki,
     pub url: String,
     pub token_url: String,
     pub ca: PathBuf,
@@ -53,9 +55,11 @@ impl KeyService {
         let mut service = Self {
             server: Server::new(spec),
             health_port,
+            audit: dir.join(AUDIT),
             url: format!("https://127.0.0.1:{keys}"),
             token_url: format!("https://127.0.0.1:{tokens}/oidc/token"),
-            ca: pki.ca,
+            ca: pki.ca.clone(),
+            pki,
             instance_id: identity.instance_id,
             admin_api_key: identity.admin.api_key,
         };
@@ -64,27 +68,54 @@ impl KeyService {
         Ok(service)
     }
 
+    /// How many calls of one kind it has answered: lines of its audit file.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn audited(&self, action: &str) -> Result<usize> {
+        let text = std::fs::read_to_string(&self.audit)
+            .map_err(Error::machine(format!("read {}", self.audit.display())))?;
+        let member = format!(r#""action":"{action}""#);
+        Ok(text.lines().filter(|line| line.contains(&member)).count())
+    }
+
     /// Waits until it says that it is ready: after a start, or after [`Server::thaw`].
     ///
     /// # Errors
     /// When time is up or the process ends.
     pub fn wait_until_ready(&self) -> Result<()> {
         let watched = [self.server.running()?];
-        wait::until(
-            "kms-server's readiness",
-            Duration::from_secs(60),
-            &watched,
-            || match http::get(self.health_port, "/readyz")? {
+        wait::until("kms-server's readiness", Duration::from_secs(60), &watched, || {
+            match self.readiness()? {
                 (200, _) => Ok(()),
                 (status, body) => Err(format!("{status} {body}")),
-            },
-        )
+            }
+        })
+    }
+
+    /// Waits until it says that it is not ready, because of `cause`.
+    ///
+    /// # Errors
+    /// When time is up or the process ends.
+    pub fn wait_until_not_ready(&self, cause: &str) -> Result<()> {
+        let watched = [self.server.running()?];
+        let what = format!("kms-server without {cause}");
+        wait::until(&what, Duration::from_secs(60), &watched, || match self.readiness()? {
+            (503, body) if body.contains(cause) => Ok(()),
+            (status, body) => Err(format!("{status} {body}")),
+        })
+    }
+
+    fn readiness(&self) -> std::result::Result<(u16, String), String> {
+        http::get(self.health_port, "/readyz")
     }
 }
 
 /// As in the original.
 const KEYS_PORT: u16 = 28674;
 const TOKENS_PORT: u16 = 10443;
+
+const AUDIT: &str = "audit.log";
 
 struct Ports {
     keys: u16,
@@ -133,7 +164,7 @@ LOGGER:
         cert = pki.server_cert.display(),
         key = pki.server_key.display(),
         database = dir.join("kms.db").display(),
-        audit = dir.join("audit.log").display(),
+        audit = dir.join(AUDIT).display(),
         library = hsm.library.display(),
         pin = pin.display(),
         so_pin = so_pin.display(),

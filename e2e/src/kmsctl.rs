@@ -6,6 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::etcd::Etcd;
 use crate::key_service::KeyService;
 use crate::process;
 
@@ -47,10 +48,7 @@ impl Kmsctl {
     /// # Errors
     /// When it fails, with all that it printed.
     pub fn run(&self, args: &[&str], stdin: &[u8]) -> Result<String> {
-        let mut command = Command::new(&self.program);
-        // Of the caller's environment, KMS_API_KEY_FILE for one would win over what is set here.
-        command.args(args).env_clear().envs(self.envs.iter().map(|(name, value)| (name, value)));
-        let bytes = process::stdout(command, stdin)?;
+        let bytes = process::stdout(self.command(args), stdin)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
@@ -62,6 +60,25 @@ impl Kmsctl {
         let text = self.run(&[args, &["-o", "json"]].concat(), stdin)?;
         serde_json::from_str(&text)
             .map_err(|error| Error::answer("kmsctl", format!("{error}: {text}")))
+    }
+
+    /// What `kmsctl verify` finds in etcd, and its exit code: 0 all current, 1 something left.
+    ///
+    /// # Errors
+    /// When it finds out nothing (its exit code 2), with all that it printed.
+    pub fn verify(&self, etcd: &Etcd, args: &[&str]) -> Result<(i32, Value)> {
+        let endpoint = etcd.url();
+        let verify = ["verify", "-o", "json", "--etcd-endpoints", &endpoint];
+        let output = process::output(self.command(&[&verify, args].concat()), b"")?;
+        match output.status.code() {
+            Some(code @ (0 | 1)) => serde_json::from_slice(&output.stdout)
+                .map(|report| (code, report))
+                .map_err(|error| Error::answer("kmsctl verify", error.to_string())),
+            _ => Err(Error::answer(
+                "kmsctl verify",
+                String::from_utf8_lossy(&output.stderr).into_owned(),
+            )),
+        }
     }
 
     /// Makes a root key; returns its id.
@@ -106,6 +123,13 @@ impl Kmsctl {
     /// When it is none.
     pub fn inspect(&self, stored: &[u8]) -> Result<Value> {
         self.json(&["inspect", "-"], stored)
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        // Of the caller's environment, KMS_API_KEY_FILE for one would win over what is set here.
+        command.args(args).env_clear().envs(self.envs.iter().map(|(name, value)| (name, value)));
+        command
     }
 }
 

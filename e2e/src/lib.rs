@@ -6,20 +6,25 @@
 
 pub mod apiserver;
 pub mod assets;
+pub mod cgroup;
 pub mod chain;
+pub mod clock;
 pub mod driver;
 pub mod error;
 pub mod etcd;
 pub mod hexdump;
-mod http;
+pub mod http;
 pub mod key_service;
 pub mod kmsctl;
+pub mod on_hsm;
 pub mod pki;
 pub mod plugin;
 pub mod ports;
 pub mod process;
+pub mod relay;
 pub mod server;
 pub mod softhsm;
+pub mod token;
 pub mod wait;
 
 pub use error::{Error, Result};

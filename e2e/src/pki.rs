@@ -1,14 +1,24 @@
 //! A private CA for the two TLS endpoints of kms-server, and the key pair of the service account issuer.
 
+use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose,
+    KeyUsagePurpose, date_time_ymd,
 };
 
 use crate::error::{Error, Result};
+
+/// When a certificate is valid, against the clock of whoever checks it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Validity {
+    /// For longer than any test's clock goes right.
+    Now,
+    Ended,
+}
 
 /// Files of the private CA. The CA's own key is never written.
 #[derive(Debug, Clone)]
@@ -16,6 +26,16 @@ pub struct Pki {
     pub ca: PathBuf,
     pub server_cert: PathBuf,
     pub server_key: PathBuf,
+    authority: Arc<Authority>,
+}
+
+/// The CA with its key, in memory only.
+struct Authority(Issuer<'static, KeyPair>);
+
+impl fmt::Debug for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Authority")
+    }
 }
 
 impl Pki {
@@ -30,24 +50,36 @@ impl Pki {
         ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let ca_cert = ca.self_signed(&ca_key)?;
-        let issuer = Issuer::new(ca, ca_key);
+        let pki = Self {
+            ca: dir.join("ca.crt"),
+            server_cert: dir.join("server.crt"),
+            server_key: dir.join("server.key"),
+            authority: Arc::new(Authority(Issuer::new(ca, ca_key))),
+        };
+        write_file(&pki.ca, &ca_cert.pem())?;
+        pki.issue(Validity::Now)?;
+        Ok(pki)
+    }
 
+    /// Another server certificate in the place of the one before; the server reads it when it starts.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn issue(&self, validity: Validity) -> Result<()> {
         let key = KeyPair::generate()?;
         let mut server = CertificateParams::new(["localhost".to_owned(), "127.0.0.1".to_owned()])?;
         server.distinguished_name.push(DnType::CommonName, "kms-server");
         server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         server.use_authority_key_identifier_extension = true;
-        let cert = server.signed_by(&key, &issuer)?;
-
-        let pki = Self {
-            ca: dir.join("ca.crt"),
-            server_cert: dir.join("server.crt"),
-            server_key: dir.join("server.key"),
+        let (from, until) = match validity {
+            Validity::Now => (2020, 2100),
+            Validity::Ended => (2020, 2021),
         };
-        write_file(&pki.ca, &ca_cert.pem())?;
-        write_file(&pki.server_cert, &cert.pem())?;
-        write_private(&pki.server_key, &key.serialize_pem())?;
-        Ok(pki)
+        (server.not_before, server.not_after) =
+            (date_time_ymd(from, 1, 1), date_time_ymd(until, 1, 1));
+        let cert = server.signed_by(&key, &self.authority.0)?;
+        write_file(&self.server_cert, &cert.pem())?;
+        write_private(&self.server_key, &key.serialize_pem())
     }
 }
 

@@ -3,6 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kms_core::clock::{Clock, SystemClock};
+use rustix::process::Signal;
+
+use crate::driver::Driver;
 use crate::error::{Error, Result};
 use crate::process::{Lifetime, Spec};
 use crate::server::Server;
@@ -18,6 +22,11 @@ pub struct Config {
     pub api_key: String,
     pub instance_id: String,
     pub crk_id: String,
+    pub kp_version: u32,
+    /// KP_CONFIG_PREVIOUS: VERSION and CRK_ID of each entry, reached as KP_CONFIG is.
+    pub previous: Vec<(u32, String)>,
+    /// In place of the API key itself.
+    pub api_key_file: Option<PathBuf>,
     pub health_port: u16,
     pub new_dek: bool,
     /// Settings of ours in SERVER_CONFIG, beyond the original's.
@@ -29,6 +38,10 @@ impl Config {
     pub fn yaml(&self) -> String {
         let more: String =
             self.more.iter().map(|(name, value)| format!("  {name}: {value}\n")).collect();
+        let api_key = match &self.api_key_file {
+            Some(path) => format!("API_KEY_FILE: \"{}\"", path.display()),
+            None => format!("API_KEY: \"{}\"", self.api_key),
+        };
         format!(
             r#"SERVER_CONFIG:
   REGION: "IBMCloudPakForMCM"
@@ -38,33 +51,52 @@ impl Config {
   UNIX_SOCKET_PATH: "{socket}"
   TOKEN_URL: "{token_url}"
   TOKEN_URL_CA_FILE: "{ca}"
-  API_KEY: "{api_key}"
+  {api_key}
   HEALTHZ_PATH: "/healthz"
   HEALTHZ_PORT: ":{health}"
   NEW_DEK: {new_dek}
   MAX_RETRIES: 0
 {more}KP_CONFIG:
-  VERSION: 1
-  CRK_ID: "{crk}"
-  URL: "{url}"
-  KP_CA_FILE: "{ca}"
-  INSTANCE_ID: "{instance}"
-LOGGER:
+{entry}{previous}LOGGER:
   LOG_LEVEL: "info"
   LOG_ALL_VALUES: false
 "#,
             socket = self.socket.display(),
             token_url = self.token_url,
             ca = self.ca.display(),
-            api_key = self.api_key,
             health = self.health_port,
             new_dek = self.new_dek,
-            crk = self.crk_id,
-            url = self.url,
-            instance = self.instance_id,
+            entry = self.entry("  ", self.kp_version, &self.crk_id),
+            previous = self.previous_yaml(),
+        )
+    }
+
+    fn previous_yaml(&self) -> String {
+        let entries = self.previous.iter().map(|(version, crk_id)| {
+            let entry = self.entry("    ", *version, crk_id);
+            format!("  - {}", entry.trim_start())
+        });
+        let entries: String = entries.collect();
+        if entries.is_empty() { entries } else { format!("KP_CONFIG_PREVIOUS:\n{entries}") }
+    }
+
+    fn entry(&self, indent: &str, version: u32, crk_id: &str) -> String {
+        let (url, ca, instance) = (&self.url, self.ca.display(), &self.instance_id);
+        format!(
+            r#"{indent}VERSION: {version}
+{indent}CRK_ID: "{crk_id}"
+{indent}URL: "{url}"
+{indent}KP_CA_FILE: "{ca}"
+{indent}INSTANCE_ID: "{instance}"
+"#
         )
     }
 }
+
+/// Longer than a start under a CPU quota takes.
+const COLD_START_WITHIN: Duration = Duration::from_secs(30);
+
+const RELOADS: &str = "kmsplugin_config_reloads_total";
 
 /// The plug-in of one chain.
 #[derive(Debug)]
@@ -104,6 +136,33 @@ impl Plugin {
         self.wait_for_probe("/healthz/liveness", 200)
     }
 
+    /// Starts the process and returns how long it took from then until Status answered with a key_id: its key service
+    /// was asked for a DEK by then.
+    ///
+    /// # Errors
+    /// When that does not happen.
+    pub fn cold_start(&mut self) -> Result<Duration> {
+        let clock = SystemClock::new();
+        let begun = clock.now();
+        self.server.start()?;
+        loop {
+            let answered = self.config.socket.exists()
+                && Driver::connect(&self.config.socket)
+                    .is_ok_and(|driver| driver.v2_status().is_ok());
+            let took = clock.now() - begun;
+            if answered {
+                return Ok(took);
+            }
+            if took > COLD_START_WITHIN || self.server.running()?.ended().is_some() {
+                return Err(Error::answer(
+                    "kmsplugin",
+                    format!("Status does not answer after {took:?}"),
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// Waits until a probe answers with `status`.
     ///
     /// # Errors
@@ -125,6 +184,56 @@ impl Plugin {
     /// When nobody answers.
     pub fn probe(&self, path: &str) -> Result<(u16, String)> {
         http::get(self.config.health_port, path).map_err(|text| Error::answer("kmsplugin", text))
+    }
+
+    /// Writes the configuration again and tells the running process, which takes it over.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn reload_with(&mut self, change: impl FnOnce(&mut Config)) -> Result<()> {
+        change(&mut self.config);
+        pki::write_private(&self.config_file, &self.config.yaml())?;
+        self.server.running()?.signal(Signal::HUP)
+    }
+
+    /// Changes the configuration file under the running process, and waits until it says that it has read it again.
+    ///
+    /// # Errors
+    /// When it does not, or refuses the configuration.
+    pub fn reconfigure(&mut self, change: impl FnOnce(&mut Config)) -> Result<()> {
+        let before = self.reloads()?;
+        change(&mut self.config);
+        let new = self.config_file.with_extension("new");
+        pki::write_private(&new, &self.config.yaml())?;
+        std::fs::rename(&new, &self.config_file).map_err(Error::machine("replace a file"))?;
+        self.wait_for_reload(&before)
+    }
+
+    /// What the metrics say about configurations read again, to be told from what they say after a change.
+    ///
+    /// # Errors
+    /// When nobody answers.
+    pub fn reloads(&self) -> Result<String> {
+        let (_, metrics) = self.probe("/metrics")?;
+        Ok(metrics.lines().filter(|line| line.starts_with(RELOADS)).collect())
+    }
+
+    /// Waits until a changed file is in use.
+    ///
+    /// # Errors
+    /// When it is refused or time is up.
+    pub fn wait_for_reload(&self, before: &str) -> Result<()> {
+        let watched = [self.server.running()?];
+        wait::until("another configuration", Duration::from_secs(20), &watched, || {
+            match self.reloads().map_err(|error| error.to_string())? {
+                now if now != before => Ok(now),
+                now => Err(now),
+            }
+        })
+        .and_then(|now| match now.contains("refused") {
+            true => Err(Error::answer("kmsplugin", format!("it refused a configuration: {now}"))),
+            false => Ok(()),
+        })
     }
 
     /// Writes the configuration again and restarts the process. Waits for liveness only.

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
 
+use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::wait;
 
@@ -39,6 +40,8 @@ pub struct Spec {
     pub envs: Vec<(String, OsString)>,
     pub log: PathBuf,
     pub lifetime: Lifetime,
+    /// Files into which the process writes its number before it becomes the program: see [`Cgroup`].
+    groups: Vec<PathBuf>,
 }
 
 impl Spec {
@@ -51,6 +54,7 @@ impl Spec {
             envs: Vec::new(),
             log: dir.join(format!("{name}.log")),
             lifetime,
+            groups: Vec::new(),
         }
     }
 
@@ -64,6 +68,11 @@ impl Spec {
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         self.envs.push((name.to_owned(), value.as_ref().to_owned()));
         self
+    }
+
+    /// From the next start on, the process and its children belong to `group`.
+    pub fn confine(&mut self, group: &Cgroup) {
+        self.groups = group.members();
     }
 
     fn command(&self) -> Result<Command> {
@@ -82,8 +91,13 @@ impl Spec {
             // setsid makes a session and with it a process group; it must not lead one before.
             Lifetime::Detached => Command::new("setsid"),
         };
+        if !self.groups.is_empty() {
+            command.args(["/bin/sh", "-c", ENTER_AND_EXEC]).arg(&self.program);
+            command.args(&self.groups).arg("--");
+        } else {
+            command.arg(&self.program);
+        }
         command
-            .arg(&self.program)
             .args(&self.args)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
@@ -94,6 +108,10 @@ impl Spec {
         Ok(command)
     }
 }
+
+/// `$0` is the program, the control groups' files end with `--`, its arguments follow. The number stays the same.
+const ENTER_AND_EXEC: &str =
+    r#"while [ "$1" != -- ]; do echo $$ > "$1" || exit 1; shift; done; shift; exec "$0" "$@""#;
 
 /// A running server.
 #[derive(Debug)]
@@ -190,6 +208,23 @@ impl Process {
     /// When the process is gone.
     pub fn peak_memory(&self) -> Result<u64> {
         peak_memory(self.pid())
+    }
+
+    /// CPU time of all its threads so far, by the scheduler's own count.
+    ///
+    /// # Errors
+    /// When the process is gone, or the kernel does not count.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let tasks = format!("/proc/{}/task", self.pid());
+        let unreadable = || Error::machine(format!("read {tasks}"));
+        let mut sum = Duration::ZERO;
+        for task in fs::read_dir(&tasks).map_err(unreadable())? {
+            let path = task.map_err(unreadable())?.path().join("schedstat");
+            let text = fs::read_to_string(&path).map_err(unreadable())?;
+            let nanos = text.split_whitespace().next().and_then(|count| count.parse().ok());
+            sum += Duration::from_nanos(nanos.ok_or_else(|| Error::answer(&tasks, text))?);
+        }
+        Ok(sum)
     }
 
     fn end(self, signal: Signal, within: Duration) -> Result<ExitStatus> {
@@ -444,6 +479,23 @@ mod tests {
         assert_eq!(error, "sh -c echo out; echo err >&2; exit 4 failed (exit code 4):\nout\nerr");
         let error = stdout(Command::new("keelson-no-such-program"), b"").unwrap_err();
         assert!(matches!(error, Error::Missing { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_confined_process_is_in_its_group_before_it_is_the_program() {
+        let dir = tempfile::tempdir().unwrap();
+        let (group, seen) = (dir.path().join("cgroup.procs"), dir.path().join("seen"));
+        let script = format!("cat {} > {} && exec sleep 600", group.display(), seen.display());
+        let mut confined = spec(dir.path(), "confined", &script);
+        confined.groups = vec![group];
+        let process = Process::start(&confined).unwrap();
+        let own = process.pid().to_string();
+        wait::until("its number", Duration::from_secs(20), &[&process], || {
+            let text = fs::read_to_string(&seen).unwrap_or_default();
+            if text.trim() == own { Ok(()) } else { Err(format!("{text:?} is not {own}")) }
+        })
+        .unwrap();
+        assert!(process.cpu_time().unwrap() > Duration::ZERO);
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! A process that can be ended and started again with the same arguments.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use rustix::process::Signal;
 
+use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::process::{Process, Spec};
 
@@ -18,6 +20,21 @@ impl Server {
     /// Nothing runs yet.
     pub fn new(spec: Spec) -> Self {
         Self { spec, process: None }
+    }
+
+    /// From the next start on it runs within the limits of `group`.
+    pub fn confine(&mut self, group: &Cgroup) {
+        self.spec.confine(group);
+    }
+
+    /// Changes with what it is started the next time.
+    pub fn change(&mut self, change: impl FnOnce(&mut Spec)) {
+        change(&mut self.spec);
+    }
+
+    /// Adds to the environment of the next start.
+    pub fn add_env(&mut self, envs: impl IntoIterator<Item = (&'static str, OsString)>) {
+        self.spec.envs.extend(envs.into_iter().map(|(name, value)| (name.to_owned(), value)));
     }
 
     /// Starts the process; one that still runs is killed first.

@@ -74,40 +74,6 @@ fn the_key_service_hangs() -> Result<()> {
 }
 
 #[test]
-fn the_api_key_is_revoked() -> Result<()> {
-    CHAIN.with(|chain| {
-        let kubectl = chain.kubectl()?.clone();
-        kubectl.create_secret("revoked", "password", "kept")?;
-        let doomed = chain.kmsctl.create_credential("doomed", "Viewer")?;
-        let whole = chain.plugin.config.clone();
-        chain.plugin.restart_with(|config| config.api_key = doomed.api_key.clone())?;
-        accepted(&kubectl, "before-revocation")?;
-
-        chain.kmsctl.revoke_api_key(&doomed.api_key_id)?;
-        let driver = Driver::connect(&chain.plugin.config.socket)?;
-        wait::until("the refusal of Status", Duration::from_secs(120), &[], || {
-            match driver.v2_status() {
-                Err(Error::Rpc(_)) => Ok(()),
-                other => Err(format!("{other:?}")),
-            }
-        })?;
-        let refused = kubectl.create_secret("after-revocation", "password", "lost");
-        let text = refused.expect_err("no key may be used any more").to_string();
-        assert!(text.contains("BXNIM0415E:Provided API key could not be found"), "{text}");
-
-        chain.plugin.restart_with(|config| *config = whole)?;
-        accepted(&kubectl, "after-repair")?;
-        chain.cluster_mut()?.apiserver.restart()?;
-        for (name, value) in
-            [("revoked", "kept"), ("before-revocation", VALUE), ("after-repair", VALUE)]
-        {
-            assert_eq!(kubectl.secret_value(name, "password")?, value);
-        }
-        Ok(())
-    })
-}
-
-#[test]
 fn the_plug_in_is_killed_and_restarted_over_its_stale_socket() -> Result<()> {
     CHAIN.with(|chain| {
         let kubectl = chain.kubectl()?.clone();

@@ -7,6 +7,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|text: &str| {
     if let Ok(id) = KeyId::parse(text) {
         assert_eq!(id.as_str(), text);
-        assert_eq!(KeyId::new(id.instance(), id.crk(), id.version()), Ok(id));
+        let made = KeyId::of_entry(id.instance(), id.crk(), id.version(), id.kp_version());
+        assert_eq!(made, Ok(id));
     }
 });

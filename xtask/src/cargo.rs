@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 
 use keelson_e2e::{Error, Result, assets, process};
 
-use crate::envtest;
+use crate::{envtest, kryoptic};
 
 /// The three programs and what is measured beside them, as released.
 ///
@@ -20,14 +20,22 @@ pub(crate) fn build_release() -> Result<()> {
 /// # Errors
 /// When it fails; cargo has said why.
 pub(crate) fn run(args: &[&str]) -> Result<()> {
-    let mut child = process::spawn(command(args), "cargo")?;
+    finish(command(args), &format!("cargo {}", args.join(" ")))
+}
+
+/// Runs `command`, called `name` where it fails.
+///
+/// # Errors
+/// When it fails; cargo has said why.
+pub(crate) fn finish(command: Command, name: &str) -> Result<()> {
+    let mut child = process::spawn(command, "cargo")?;
     let status = child.wait().map_err(Error::machine("wait for cargo"))?;
     process::forget(&child);
     if status.success() {
         return Ok(());
     }
     Err(Error::Command {
-        command: format!("cargo {}", args.join(" ")),
+        command: name.to_owned(),
         status: process::describe(status),
         output: "its messages are above".to_owned(),
     })
@@ -40,5 +48,6 @@ pub(crate) fn command(args: &[&str]) -> Command {
     let mut command = Command::new(cargo);
     command.args(args).current_dir(assets::root()).stdin(Stdio::null()).process_group(0);
     command.envs(envtest::given_folder().map(|folder| ("KUBEBUILDER_ASSETS", folder)));
+    command.envs(kryoptic::found().map(|module| (kryoptic::VARIABLE, module)));
     command
 }

@@ -13,6 +13,7 @@ use std::process::{Command, ExitCode, Stdio};
 use keelson_e2e::assets::{self, Assets, Kubernetes};
 use keelson_e2e::{Error, Result, process};
 
+use crate::cache;
 use crate::packages::is_program;
 use crate::progress::Step;
 
@@ -153,8 +154,13 @@ impl Module {
         let source = assets::root().join("xtask/envtest").join(self.folder);
         let go_mod = read(&source.join("go.mod"))?;
         let version = version_in(&go_mod, self.versioned_by).unwrap_or_default();
-        let key = key(&[&go_mod, &read(&source.join("go.sum"))?, &self.link_flags(&version), ARCH]);
-        Ok(cache_root()?.join(format!("{}-{key}", self.folder)))
+        let key = cache::key(&[
+            &go_mod,
+            &read(&source.join("go.sum"))?,
+            &self.link_flags(&version),
+            ARCH,
+        ]);
+        Ok(cache::folder("envtest")?.join(format!("{}-{key}", self.folder)))
     }
 
     fn link_flags(&self, version: &str) -> String {
@@ -229,26 +235,6 @@ fn watched(mut go: Command, title: &str) -> Result<()> {
     })
 }
 
-fn cache_root() -> Result<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")));
-    let cache = cache.ok_or_else(|| Error::Missing {
-        what: "a cache folder".to_owned(),
-        remedy: "set HOME or XDG_CACHE_HOME".to_owned(),
-    })?;
-    Ok(cache.join("keelson/envtest"))
-}
-
-/// A name for exactly these inputs.
-fn key(inputs: &[&str]) -> String {
-    let mut digest = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
-    for input in inputs {
-        digest.update(&input.len().to_be_bytes());
-        digest.update(input.as_bytes());
-    }
-    digest.finish().as_ref().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// The version with which a go.mod requires `module`.
 fn version_in(go_mod: &str, module: &str) -> Option<String> {
     go_mod.lines().find_map(|line| {
@@ -302,12 +288,5 @@ mod tests {
             flags.ends_with("version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37"),
             "{flags}"
         );
-    }
-
-    #[test]
-    fn the_key_depends_on_every_input_and_on_its_place() {
-        assert_eq!(key(&["a", "b"]), key(&["a", "b"]));
-        assert_ne!(key(&["a", "b"]), key(&["ab", ""]));
-        assert_ne!(key(&["a", "b"]), key(&["b", "a"]));
     }
 }

@@ -1,13 +1,17 @@
-//! Every chore of the project, in one place and in Rust: `cargo xtask demo | test | envtest | packages | bench | fuzz`.
+//! Every chore of the project, in one place and in Rust: `cargo xtask demo | test | build | envtest | packages | bench | fuzz | crash`.
 //!
 //! Whatever is started here ends with this process, also on Ctrl-C; only `demo --keep` leaves something running.
 
 mod bench;
+mod build;
+mod cache;
 mod cargo;
+mod crash;
 mod demo;
 mod envtest;
 mod fuzz;
 mod interrupt;
+mod kryoptic;
 mod packages;
 mod progress;
 mod test;
@@ -37,11 +41,17 @@ enum Verb {
     Test(test::Args),
     /// Get the real kube-apiserver, kubectl, etcd and etcdctl: found or built once.
     Envtest(envtest::Args),
-    /// Get the Debian packages that the chain needs.
+    /// Get the PKCS#11 module of Kryoptic, found or built once; prints where it is.
+    Kryoptic,
+    /// Get the Debian packages that the chain and the tests need.
     Packages,
+    /// Build the programs as released, also with the FIPS module.
+    Build(build::Args),
     /// Measure.
     #[command(subcommand)]
     Bench(bench::Verb),
+    /// Kill kms-server while it works; nothing acknowledged may be lost.
+    Crash(crash::Args),
     /// Fuzz the parsers.
     Fuzz(fuzz::Args),
 }
@@ -52,8 +62,13 @@ fn main() -> ExitCode {
         Verb::Demo(args) => demo::run(&args),
         Verb::Test(args) => test::run(&args),
         Verb::Envtest(args) => envtest::run(&args),
-        Verb::Packages => packages::for_the_tests().map(|()| ExitCode::SUCCESS),
+        Verb::Kryoptic => kryoptic::run(),
+        Verb::Packages => packages::for_the_tests()
+            .and_then(|()| packages::for_kryoptic())
+            .map(|()| ExitCode::SUCCESS),
+        Verb::Build(args) => build::run(&args),
         Verb::Bench(verb) => bench::run(&verb),
+        Verb::Crash(args) => crash::run(&args),
         Verb::Fuzz(args) => fuzz::run(&args),
     });
     match result {

@@ -7,8 +7,9 @@ use keelson_e2e::assets::Kubernetes;
 use keelson_e2e::{Error, Result, process};
 use kms_core::clock::{Clock, SystemClock};
 
+use crate::build::Build;
 use crate::progress::seconds;
-use crate::{cargo, envtest, packages, walls};
+use crate::{cargo, envtest, fuzz, kryoptic, packages, walls};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -18,35 +19,42 @@ pub(crate) struct Args {
     /// Only the end-to-end tests.
     #[arg(long, conflicts_with = "quick")]
     e2e: bool,
-    /// Only tests whose name contains this.
+    /// In the build with the FIPS module of AWS-LC; format and lints, the same in both, are left to the other.
+    #[arg(long)]
+    fips: bool,
+    /// Leave out the fuzz targets, which run for half a minute each.
+    #[arg(long)]
+    no_fuzz: bool,
+    /// Only tests whose name contains this (and no fuzzing).
     name: Option<String>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let mut report = Report { clock: SystemClock::new(), total: Summary::default() };
+    let build = Build { fips: args.fips };
+    let folder = build.folder();
+    let in_build = build.arguments(&folder);
+    let mut report = Report { clock: SystemClock::new(), build, total: Summary::default() };
     prepare(args, &mut report)?;
     let name: Vec<&str> = args.name.iter().map(String::as_str).collect();
+    if !args.e2e && !args.fips {
+        source(&mut report)?;
+    }
     if !args.e2e {
-        report.walls()?;
-        report.check("format", &["fmt", "--all", "--check"])?;
-        let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
-        report.check("lints", &clippy)?;
-        let on_hsm = ["-p", "kms-plugin", "--features", "pkcs11", "--locked"];
-        let clippy_on_hsm =
-            [&["clippy", "--all-targets"], &on_hsm[..], &["--", "-D", "warnings"]].concat();
-        report.check("lints with the provider pkcs11", &clippy_on_hsm)?;
         let unit =
             ["test", "--workspace", "--locked", "--no-fail-fast", "--exclude", "keelson-e2e"];
         report.tests(
             "unit, property, contract and socket tests",
-            &[&unit, name.as_slice()].concat(),
+            &[&unit, &in_build[..], name.as_slice()].concat(),
         )?;
         report.tests(
             "the plug-in straight on an HSM",
-            &[&["test", "--test", "pkcs11"], &on_hsm[..], name.as_slice()].concat(),
+            &[&["test", "--test", "pkcs11"], &ON_HSM[..], &in_build, &name].concat(),
         )?;
         let harness = ["test", "-p", "keelson-e2e", "--lib", "--locked"];
         report.tests("tests of the harness", &[&harness, name.as_slice()].concat())?;
+    }
+    if !args.quick && !args.e2e && !args.fips && !args.no_fuzz && args.name.is_none() {
+        report.fuzz()?;
     }
     if !args.quick {
         let chain = ["test", "-p", "keelson-e2e", "--test", "*", "--locked", "--no-fail-fast"];
@@ -57,9 +65,23 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
+/// What can be said of the code without running it.
+fn source(report: &mut Report) -> Result<()> {
+    report.walls()?;
+    report.check("format", &["fmt", "--all", "--check"])?;
+    let clippy = ["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"];
+    report.check("lints", &clippy)?;
+    let clippy_on_hsm =
+        [&["clippy", "--all-targets"], &ON_HSM[..], &["--", "-D", "warnings"]].concat();
+    report.check("lints with the provider pkcs11", &clippy_on_hsm)
+}
+
 /// What the tests need: without it there is nothing to count.
 fn prepare(args: &Args, report: &mut Report) -> Result<()> {
     report.phase("Debian packages", || packages::for_the_tests().map(|()| true))?;
+    let build = report.build;
+    report.phase("what the build needs", || build.prepare().map(|()| true))?;
+    report.phase("Kryoptic", || kryoptic::ensure().map(|_| true))?;
     if args.quick {
         return Ok(());
     }
@@ -67,9 +89,14 @@ fn prepare(args: &Args, report: &mut Report) -> Result<()> {
         envtest::ensure(Kubernetes::V1_37)?;
         envtest::ensure(Kubernetes::V1_28).map(|_| true)
     })?;
-    report.phase("release build", || cargo::build_release().map(|()| true))?;
+    report.phase("release build with the provider pkcs11", || {
+        build.release_on_hsm().map(|()| true)
+    })?;
+    report.phase("release build", || build.release().map(|()| true))?;
     Ok(())
 }
+
+const ON_HSM: [&str; 5] = ["-p", "kms-plugin", "--features", "pkcs11", "--locked"];
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 struct Summary {
@@ -80,6 +107,7 @@ struct Summary {
 
 struct Report {
     clock: SystemClock,
+    build: Build,
     total: Summary,
 }
 
@@ -112,13 +140,27 @@ impl Report {
         Ok(())
     }
 
+    /// Every fuzz target, each a test that passes or fails.
+    fn fuzz(&mut self) -> Result<()> {
+        let targets = fuzz::targets()?;
+        let mut failed = 0;
+        self.phase("fuzz targets", || {
+            fuzz::build()?;
+            failed = fuzz::run_all(&targets, fuzz::SECONDS)?;
+            Ok(failed == 0)
+        })?;
+        self.total.failed += failed;
+        self.total.passed += u64::try_from(targets.len()).unwrap_or(0).saturating_sub(failed);
+        Ok(())
+    }
+
     /// A phase whose runner says what passed and failed. One that fails without a failed test (it does not
     /// compile, it crashes) counts as one failure.
     fn tests(&mut self, name: &str, args: &[&str]) -> Result<()> {
         let mut summary = Summary::default();
-        let good = self.phase(name, || {
-            run_tests(cargo::command(args), &mut summary, &mut std::io::stdout())
-        })?;
+        let mut command = cargo::command(args);
+        command.envs(self.build.environment());
+        let good = self.phase(name, || run_tests(command, &mut summary, &mut std::io::stdout()))?;
         self.total.passed += summary.passed;
         self.total.skipped += summary.skipped;
         self.total.failed += if good { summary.failed } else { summary.failed.max(1) };

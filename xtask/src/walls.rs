@@ -31,10 +31,11 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("kms-daemon", &[]),
     ("kms-api", &["kms-core"]),
     ("kms-hsm", &["kms-core"]),
+    ("pkcs11-shim", &[]),
     ("kms-plugin", &["kms-api", "kms-core", "kms-daemon", "kms-hsm"]),
     ("kms-server", &["kms-api", "kms-core", "kms-daemon", "kms-hsm"]),
     ("kmsctl", &["kms-api", "kms-core", "kms-hsm"]),
-    ("keelson-benches", &["kms-api", "kms-core"]),
+    ("keelson-benches", &["kms-api", "kms-core", "kms-hsm", "kms-server"]),
     ("keelson-e2e", &["kms-api", "kms-core"]),
     ("xtask", &["keelson-e2e", "kms-core"]),
 ];

@@ -13,6 +13,10 @@ pub const KEY_ACTION_TYPE: &str = "application/vnd.ibm.kms.key_action+json";
 pub const ERROR_TYPE: &str = "application/vnd.ibm.kms.error+json";
 /// The grant that trades an API key for a token.
 pub const API_KEY_GRANT: &str = "urn:ibm:params:oauth:grant-type:apikey";
+/// The grant that trades a compute resource's token, such as a Kubernetes service account's, for one of a profile.
+pub const CR_TOKEN_GRANT: &str = "urn:ibm:params:oauth:grant-type:cr-token";
+/// RFC 7523: the grant that trades a token of another issuer.
+pub const JWT_BEARER_GRANT: &str = "urn:ietf:params:oauth:grant-type:jwt-bearer";
 
 /// The envelope of every list, of key creation and of every refusal.
 #[derive(Debug, Serialize, Deserialize)]
@@ -306,11 +310,11 @@ pub struct ServiceId {
     pub name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
-    /// The name of its role, such as `Viewer`, `Editor` or `Administrator`.
-    pub role: String,
-    /// The one instance that it may use; absent means every instance.
+    /// The instance whose administrators manage it; absent means that only those of every instance do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance_id: Option<String>,
+    /// What it may do, and where.
+    pub policies: Vec<Policy>,
     pub created_at: String,
 }
 
@@ -320,9 +324,84 @@ pub struct NewServiceId {
     pub name: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
+    /// The role of its first policy, such as `Viewer`, `Editor` or `Administrator`.
+    pub role: String,
+    /// The one instance in which the role holds; absent means every instance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<String>,
+    /// The one key of that instance for which the role holds; absent means all its keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+}
+
+/// One role of one service ID, in one place.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policy {
+    /// `Policy-<uuid>`.
+    pub id: String,
+    pub service_id: String,
+    pub role: String,
+    /// The one instance in which it holds; absent means every instance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance_id: Option<String>,
+    /// The one key for which it holds; absent means all keys.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+    pub created_at: String,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewPolicy {
+    pub service_id: String,
     pub role: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instance_id: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+}
+
+/// Answer of `GET /v1/policies`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Policies {
+    pub policies: Vec<Policy>,
+}
+
+/// Whose tokens of another issuer speak for a service ID.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profile {
+    /// `Profile-<uuid>`.
+    pub id: String,
+    /// `iam-Profile-<uuid>`: the subject of its tokens and the `createdBy` of its keys.
+    pub iam_id: String,
+    pub name: String,
+    pub service_id: String,
+    /// What `iss` of a token must be.
+    pub issuer: String,
+    /// What `sub` of a token must be.
+    pub subject: String,
+    pub created_at: String,
+}
+
+/// The subject, or the Kubernetes service account whose subject is meant.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NewProfile {
+    pub name: String,
+    pub service_id: String,
+    pub issuer: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_account: Option<String>,
+}
+
+/// Answer of `GET /v1/profiles`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Profiles {
+    pub profiles: Vec<Profile>,
 }
 
 /// Answer of `GET /v1/serviceids`.
@@ -339,7 +418,13 @@ pub struct ApiKey {
     /// The service ID that it speaks for.
     pub service_id: String,
     pub created_at: String,
-    /// The API key itself, in the answer to its creation only.
+    /// While it is locked it gets no tokens, and those that it got are refused.
+    #[serde(default)]
+    pub locked: bool,
+    /// When it last got a new secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rotated_at: Option<String>,
+    /// The API key itself, in the answer to its creation or rotation only.
     #[serde(
         default,
         serialize_with = "write_optional_secret",
@@ -353,6 +438,15 @@ pub struct ApiKey {
 pub struct NewApiKey {
     pub name: String,
     pub service_id: String,
+}
+
+/// How an API key gets its next secret.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rotation {
+    /// How long the secret before it is taken as well.
+    #[serde(default)]
+    pub overlap_seconds: u32,
 }
 
 /// Answer of `GET /v1/apikeys`.

@@ -243,12 +243,20 @@ impl Kept {
     fn new(token: TokenAnswer, asked_at: Duration) -> Self {
         let life = Duration::from_secs(u64::from(token.expires_in)).min(MAX_LIFE);
         let margin = MARGIN.min(life / 10);
+        let early = life / 5 * chance(&token.access_token) / 255;
         Kept {
             text: Arc::new(token.access_token),
-            renew_at: asked_at + life * 4 / 5,
+            renew_at: asked_at + life * 4 / 5 - early,
             ends_at: asked_at + life - margin,
         }
     }
+}
+
+/// 0 to 255, different for each token: those who got theirs together, when an outage ended, do not all renew together.
+/// The token's own bytes are chance enough, and say nothing to the token service that it does not know.
+fn chance(token: &SecretText) -> u32 {
+    let mix = |sum: u8, byte| sum.wrapping_mul(31).wrapping_add(byte);
+    u32::from(token.expose().bytes().fold(0, mix))
 }
 
 impl ApiKeySource {
@@ -327,6 +335,31 @@ mod tests {
         assert!(!answer("a\r\nicp-instance: other", 3600));
     }
 
+    #[test]
+    fn tokens_that_were_got_together_are_renewed_apart() {
+        let renewed = |number: u32| {
+            let access_token = SecretText::new(format!("eyJhbGciOiJSUzI1NiJ9.{number}.c2ln"));
+            let answer = TokenAnswer {
+                access_token,
+                expires_in: 3600,
+                refresh_token: None,
+                token_type: String::new(),
+                expiration: 0,
+                scope: String::new(),
+            };
+            Kept::new(answer, Duration::ZERO).renew_at
+        };
+        let mut times: Vec<_> = (0..1000).map(renewed).collect();
+        times.sort();
+        // Within 12 minutes, and no minute has more than three times its share.
+        let (first, last) = (Duration::from_secs(2160), Duration::from_secs(2880));
+        assert!(first <= times[0] && times[999] <= last, "{:?} {:?}", times[0], times[999]);
+        for minute in 36..48 {
+            let count = times.iter().filter(|time| time.as_secs() / 60 == minute).count();
+            assert!(count < 250, "{count} in minute {minute}");
+        }
+    }
+
     proptest! {
         #[test]
         fn any_body_is_a_good_token_or_none(body: Vec<u8>) {
@@ -351,6 +384,7 @@ mod tests {
                 token_type: String::new(), expiration: 0, scope: String::new() };
             let kept = Kept::new(answer, at);
             prop_assert!(kept.renew_at < kept.ends_at);
+            prop_assert!(kept.renew_at >= at + Duration::from_secs(u64::from(life)).min(MAX_LIFE) / 2);
             prop_assert!(kept.ends_at <= at + Duration::from_secs(u64::from(life)));
         }
     }

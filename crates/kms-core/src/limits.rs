@@ -6,6 +6,9 @@
 /// `ValidateEncryptedDEKSource`: 1 to 1024 bytes, both included).
 pub const MAX_V2_CIPHERTEXT: usize = 1024;
 
+/// What kube-apiserver hands to a KMS v2 Encrypt: the seed of its own data keys (before 1.29 a data key of that length).
+pub const V2_SEED: usize = 32;
+
 /// Longest `key_id` that kube-apiserver accepts (`ValidateKeyID`: 1 to 1024 bytes).
 pub const MAX_KEY_ID: usize = 1024;
 
@@ -29,3 +32,7 @@ pub const MAX_GOB: usize = MAX_V1_CIPHER / 4 * 3;
 /// Longest value read from etcd: the request size above which etcd itself warns
 /// (`recommendedMaxRequestBytes`). Its default is 1.5 MiB.
 pub const MAX_ETCD_VALUE: usize = 10 * 1024 * 1024;
+
+/// Longest line of an audit log. Names and ids fill less than 1 KiB of it, and a correlation id of the caller's is kept
+/// short where it is read.
+pub const MAX_AUDIT_LINE: usize = 64 * 1024;

@@ -4,13 +4,23 @@
 //! for them by name.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Deserialize;
 use zeroize::{Zeroize, Zeroizing};
 
-/// A plain data encryption key. Boxed, so that moving it leaves no copy behind.
+use crate::cipher::Derived;
+
+/// A plain data encryption key. Clones share one copy, which is wiped when the last of them goes; so do the keys that
+/// are derived from it.
 #[derive(Clone)]
-pub struct Dek(Box<[u8; Dek::LEN]>);
+pub struct Dek(Arc<Material>);
+
+#[derive(Default)]
+struct Material {
+    bytes: Zeroizing<[u8; Dek::LEN]>,
+    derived: Derived,
+}
 
 impl Dek {
     pub const LEN: usize = 32;
@@ -18,7 +28,7 @@ impl Dek {
     /// Takes the key over and wipes the argument's own copy.
     #[must_use]
     pub fn from_bytes(mut bytes: [u8; Self::LEN]) -> Self {
-        let dek = Self(Box::new(bytes));
+        let dek = Self::copied(&bytes);
         bytes.zeroize();
         dek
     }
@@ -26,23 +36,26 @@ impl Dek {
     /// `None` unless there are exactly 32 bytes.
     #[must_use]
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
-        let mut dek = Self(Box::new([0; Self::LEN]));
-        if bytes.len() != Self::LEN {
-            return None;
+        bytes.try_into().ok().map(Self::copied)
+    }
+
+    /// Straight to where it stays: nothing that holds it is moved.
+    fn copied(bytes: &[u8; Self::LEN]) -> Self {
+        let mut material = Arc::<Material>::default();
+        if let Some(material) = Arc::get_mut(&mut material) {
+            material.bytes.copy_from_slice(bytes);
         }
-        dek.0.copy_from_slice(bytes);
-        Some(dek)
+        Self(material)
     }
 
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; Self::LEN] {
-        &self.0
+        &self.0.bytes
     }
-}
 
-impl Drop for Dek {
-    fn drop(&mut self) {
-        self.0.zeroize();
+    /// What has been derived from this DEK so far, for whoever derives.
+    pub(crate) fn derived(&self) -> &Derived {
+        &self.0.derived
     }
 }
 

@@ -11,16 +11,19 @@ use uuid::Uuid;
 use crate::canonical::Canonical;
 use crate::limits::MAX_WDEK;
 
+/// The tag of AES-GCM, in bytes.
+const GCM_TAG: usize = 16;
+
 /// A wrapped DEK of the key service.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wdek {
     pub version: WdekVersion,
-    /// AES-256-CBC-PAD under the CRK version.
+    /// AES-256-CBC-PAD under the CRK version; in version 4.0.0 AES-256-GCM over [`mac_context`], with its tag.
     pub ciphertext: Vec<u8>,
-    /// HMAC-SHA-512 over [`mac_input`].
+    /// HMAC-SHA-512 over [`mac_input`]; empty in version 4.0.0, which has none.
     pub hash: Vec<u8>,
     pub iv: Vec<u8>,
-    /// The CRK version. Version 2.1.0 always has it, 2.0.0 never.
+    /// The CRK version. Versions 2.1.0 and 4.0.0 always have it, 2.0.0 never.
     pub handle: Option<Uuid>,
 }
 
@@ -30,6 +33,8 @@ pub enum WdekVersion {
     V2_0_0,
     /// With a handle.
     V2_1_0,
+    /// With a handle, in one step: AES-GCM.
+    V4_0_0,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -40,9 +45,9 @@ pub enum WdekError {
     Base64,
     #[error("the wrapped DEK is not a JSON object with ciphertext, hash, iv and version")]
     Json,
-    #[error("the wrapped DEK has version {0:?}; 2.0.0 and 2.1.0 are known")]
+    #[error("the wrapped DEK has version {0:?}; 2.0.0, 2.1.0 and 4.0.0 are known")]
     Version(String),
-    #[error("the wrapped DEK has a handle in version 2.0.0, or none in 2.1.0")]
+    #[error("the wrapped DEK has a handle in version 2.0.0, or none in a later one")]
     Handle,
     #[error("the wrapped DEK has a {0} of impossible length")]
     Length(&'static str),
@@ -54,11 +59,14 @@ impl WdekVersion {
         match self {
             Self::V2_0_0 => "2.0.0",
             Self::V2_1_0 => "2.1.0",
+            Self::V4_0_0 => "4.0.0",
         }
     }
 
     fn parse(text: &str) -> Option<Self> {
-        [Self::V2_0_0, Self::V2_1_0].into_iter().find(|version| version.as_str() == text)
+        [Self::V2_0_0, Self::V2_1_0, Self::V4_0_0]
+            .into_iter()
+            .find(|version| version.as_str() == text)
     }
 }
 
@@ -68,10 +76,14 @@ impl Wdek {
     pub fn encode(&self) -> String {
         // By hand: the order is the format, and nothing in it could need escaping.
         let handle = self.handle.map(|handle| format!(r#","handle":"{handle}""#));
+        let hash = match self.version {
+            WdekVersion::V4_0_0 => String::new(),
+            _ => format!(r#""hash":"{}","#, STANDARD.encode(&self.hash)),
+        };
         let json = format!(
-            r#"{{"ciphertext":"{}","hash":"{}","iv":"{}","version":"{}"{}}}"#,
+            r#"{{"ciphertext":"{}",{}"iv":"{}","version":"{}"{}}}"#,
             STANDARD.encode(&self.ciphertext),
-            STANDARD.encode(&self.hash),
+            hash,
             STANDARD.encode(&self.iv),
             self.version.as_str(),
             handle.unwrap_or_default(),
@@ -83,21 +95,27 @@ impl Wdek {
     ///
     /// # Errors
     /// It is not base64 of such a JSON object, or of another version, or its parts have lengths
-    /// that AES-CBC and HMAC-SHA-512 never give.
+    /// that its algorithms never give.
     pub fn decode(text: &str) -> Result<Self, WdekError> {
         let members = Members::decode(text)?;
         let version = members.version.ok_or(WdekError::Json)?;
         let version = WdekVersion::parse(&version).ok_or(WdekError::Version(version))?;
         let handle = match (version, members.handle) {
             (WdekVersion::V2_0_0, None) => None,
-            (WdekVersion::V2_1_0, Some(handle)) => {
+            (WdekVersion::V2_1_0 | WdekVersion::V4_0_0, Some(handle)) => {
                 Some(Uuid::try_parse(&handle).map_err(|_| WdekError::Handle)?)
             }
             _ => return Err(WdekError::Handle),
         };
         let ciphertext = bytes("ciphertext", &members.ciphertext)?;
-        let hash = bytes("hash", &members.hash.ok_or(WdekError::Json)?)?;
         let iv = bytes("iv", &members.iv.ok_or(WdekError::Json)?)?;
+        if version == WdekVersion::V4_0_0 {
+            check("hash", members.hash.is_none())?;
+            check("ciphertext", ciphertext.len() > GCM_TAG)?;
+            check("iv", matches!(iv.len(), 12 | 16))?;
+            return Ok(Self { version, ciphertext, hash: Vec::new(), iv, handle });
+        }
+        let hash = bytes("hash", &members.hash.ok_or(WdekError::Json)?)?;
         check("ciphertext", !ciphertext.is_empty() && ciphertext.len() % 16 == 0)?;
         check("hash", hash.len() == 64)?;
         check("iv", iv.len() == 16)?;
@@ -255,13 +273,45 @@ mod tests {
     fn texts_of_others_are_refused_but_described() {
         let cloud = changed(|members| {
             members.remove("hash");
-            members.insert("version".into(), "4.0.0".into());
+            members.insert("version".into(), "5.0.0".into());
         });
-        assert_eq!(Wdek::decode(&cloud), Err(WdekError::Version("4.0.0".into())));
+        assert_eq!(Wdek::decode(&cloud), Err(WdekError::Version("5.0.0".into())));
         let look = Look::of(&cloud).unwrap();
-        assert_eq!(look.version.as_deref(), Some("4.0.0"));
+        assert_eq!(look.version.as_deref(), Some("5.0.0"));
         assert_eq!((look.ciphertext_bytes, look.hash_bytes, look.iv_bytes), (48, None, Some(16)));
         assert_eq!(look.handle.as_deref(), Some("01234567-89ab-4def-8123-456789abcdef"));
+    }
+
+    #[test]
+    fn version_4_has_no_hash_and_lengths_of_its_own() {
+        let whole = Wdek {
+            version: WdekVersion::V4_0_0,
+            ciphertext: vec![1; 48],
+            hash: Vec::new(),
+            iv: vec![3; 12],
+            handle: Some(HANDLE),
+        };
+        for iv in [12, 16] {
+            let whole = Wdek { iv: vec![3; iv], ..whole.clone() };
+            assert_eq!(Wdek::decode(&whole.encode()), Ok(whole));
+        }
+        for iv in [0, 11, 13] {
+            let text = Wdek { iv: vec![3; iv], ..whole.clone() }.encode();
+            assert_eq!(Wdek::decode(&text), Err(WdekError::Length("iv")));
+        }
+        let short = Wdek { ciphertext: vec![1; 16], ..whole.clone() }.encode();
+        assert_eq!(Wdek::decode(&short), Err(WdekError::Length("ciphertext")));
+        let json = String::from_utf8(STANDARD.decode(whole.encode()).unwrap()).unwrap();
+        assert!(
+            !json.contains("hash") && json.contains(r#""version":"4.0.0","handle":"#),
+            "{json}"
+        );
+        let with_hash = changed(|members| {
+            members.insert("version".into(), "4.0.0".into());
+        });
+        assert_eq!(Wdek::decode(&with_hash), Err(WdekError::Length("hash")));
+        let no_handle = Wdek { handle: None, ..whole }.encode();
+        assert_eq!(Wdek::decode(&no_handle), Err(WdekError::Handle));
     }
 
     #[test]

@@ -73,7 +73,7 @@ fn the_seeds_cipher_has_no_code_of_ours() {
 fn each_api_refuses_the_others_values() {
     assert_eq!(v2::Envelope::decode(&golden_cipher()).unwrap_err(), FormatError::FormatByte);
     let (dek, key_id) = golden_key();
-    let ciphertext = v2::seal(&dek, &key_id, 1, b"wdek", [0; 12], b"payload").unwrap();
+    let ciphertext = v2::seal(&dek, &key_id, 1, b"wdek", Some([0; 12]), b"payload").unwrap();
     assert_eq!(v1::Envelope::decode(&ciphertext).unwrap_err(), FormatError::Base64);
 }
 
@@ -105,7 +105,7 @@ const GOLDEN_V2: &[u8] = b"\x02\x08\x01\x12\x04wdek\x1a\x0c@ABCDEFGHIJK\x22\x30\
 fn a_v2_ciphertext_is_what_its_description_says() {
     let (dek, key_id) = golden_key();
     let payload = counting::<32>(0x20);
-    let ciphertext = v2::seal(&dek, &key_id, 1, b"wdek", counting(0x40), &payload).unwrap();
+    let ciphertext = v2::seal(&dek, &key_id, 1, b"wdek", Some(counting(0x40)), &payload).unwrap();
     assert_eq!(ciphertext, GOLDEN_V2);
 
     let opened = v2::Envelope::decode(GOLDEN_V2).unwrap().open(&dek, &key_id).unwrap();

@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE};
-use http::{Method, Request, Response, StatusCode};
+use http::header::{ACCEPT, ALLOW, CONTENT_TYPE};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -29,7 +29,14 @@ const MAX_CONNECTIONS: usize = 16;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 type Answer = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
-type Check = Box<dyn Fn() -> Answer + Send + Sync>;
+
+/// What is looked at, and what is missing of it.
+pub type Part = (&'static str, Result<(), String>);
+
+enum Check {
+    Whole(Box<dyn Fn() -> Answer + Send + Sync>),
+    Parts(Box<dyn Fn() -> Vec<Part> + Send + Sync>),
+}
 
 /// What is served: checks by path, and the text of the metrics.
 pub struct Routes {
@@ -50,7 +57,19 @@ impl Routes {
         F: Fn() -> A + Send + Sync + 'static,
         A: Future<Output = Result<(), String>> + Send + 'static,
     {
-        self.checks.insert(path.into(), Box::new(move || Box::pin(check())));
+        self.checks.insert(path.into(), Check::Whole(Box::new(move || Box::pin(check()))));
+        self
+    }
+
+    /// Adds a check of several parts: one line for each, `ok` or its cause, or a JSON object of them for who accepts
+    /// only that; 503 if one is missing.
+    #[must_use]
+    pub fn parts(
+        mut self,
+        path: impl Into<String>,
+        parts: impl Fn() -> Vec<Part> + Send + Sync + 'static,
+    ) -> Routes {
+        self.checks.insert(path.into(), Check::Parts(Box::new(parts)));
         self
     }
 }
@@ -114,11 +133,45 @@ async fn answer<B>(request: &Request<B>, routes: &Routes) -> Response<Full<Bytes
         response.headers_mut().insert(ALLOW, http::HeaderValue::from_static("GET, HEAD"));
         return response;
     }
-    let Some(check) = check else { return metrics(routes) };
-    match check().await {
-        Ok(()) => text(StatusCode::OK, "ok\n".into()),
-        Err(cause) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{cause}\n")),
+    match check {
+        None => metrics(routes),
+        Some(Check::Parts(parts)) => each(&parts(), wants_json(request.headers())),
+        Some(Check::Whole(check)) => match check().await {
+            Ok(()) => text(StatusCode::OK, "ok\n".into()),
+            Err(cause) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{cause}\n")),
+        },
     }
+}
+
+fn each(parts: &[Part], as_json: bool) -> Response<Full<Bytes>> {
+    let good = parts.iter().all(|(_, found)| found.is_ok());
+    let status = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let said = |found: &Result<(), String>| match found {
+        Ok(()) => "ok".to_owned(),
+        // One line each, whatever a library says in several.
+        Err(cause) => cause.split_whitespace().collect::<Vec<_>>().join(" "),
+    };
+    if !as_json {
+        let lines = parts.iter().map(|(name, found)| format!("{name}: {}\n", said(found)));
+        return text(status, lines.collect());
+    }
+    let object: serde_json::Map<_, _> =
+        parts.iter().map(|(name, found)| ((*name).to_owned(), said(found).into())).collect();
+    let body = serde_json::json!({ "ready": good, "parts": object });
+    let mut response = text(status, format!("{body}\n"));
+    response.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("application/json"));
+    response
+}
+
+/// Browsers and kubelets accept anything, and are shown text.
+fn wants_json(headers: &HeaderMap) -> bool {
+    headers
+        .get_all(ACCEPT)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|range| range.split(';').next())
+        .any(|range| range.trim().eq_ignore_ascii_case("application/json"))
 }
 
 fn metrics(routes: &Routes) -> Response<Full<Bytes>> {
@@ -168,6 +221,30 @@ mod tests {
             ask(Method::GET, "/healthz/readiness").await,
             (StatusCode::SERVICE_UNAVAILABLE, "the key service is away\n".into())
         );
+    }
+
+    #[tokio::test]
+    async fn parts_are_told_apart_as_text_and_as_json() {
+        let routes = Routes::new(String::new).parts("/readyz", || {
+            vec![("database", Ok(())), ("HSM", Err("no token\nin slot 7".to_owned()))]
+        });
+        let ask = async |accept: Option<&str>| {
+            let mut request = Request::builder().uri("/readyz");
+            if let Some(accept) = accept {
+                request = request.header(ACCEPT, accept);
+            }
+            let response = answer(&request.body(()).unwrap(), &routes).await;
+            assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+            let body = response.into_body().collect().await.unwrap().to_bytes();
+            String::from_utf8(body.to_vec()).unwrap()
+        };
+        let text = "database: ok\nHSM: no token in slot 7\n";
+        assert_eq!(ask(None).await, text);
+        assert_eq!(ask(Some("text/html, */*;q=0.8")).await, text);
+        let json: serde_json::Value =
+            serde_json::from_str(&ask(Some("text/html, application/json;q=0.9")).await).unwrap();
+        let parts = serde_json::json!({ "database": "ok", "HSM": "no token in slot 7" });
+        assert_eq!(json, serde_json::json!({ "ready": false, "parts": parts }));
     }
 
     #[tokio::test]

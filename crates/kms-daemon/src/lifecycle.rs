@@ -49,6 +49,16 @@ pub fn watch_signals(shutdown: Shutdown, reload: Arc<Notify>) -> io::Result<()> 
     Ok(())
 }
 
+/// From now on the signals of [`watch_signals`] do nothing here: the process that started this one hears them too, and
+/// tells this one when its time has come. Call it in a runtime.
+///
+/// # Errors
+/// If the operating system refuses a signal handler.
+pub fn leave_signals_to_the_parent() -> io::Result<()> {
+    // A handler stays when nobody listens to it any more.
+    Signals::install().map(drop)
+}
+
 struct Signals {
     terminate: Signal,
     interrupt: Signal,

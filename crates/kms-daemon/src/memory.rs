@@ -18,10 +18,17 @@ pub enum NotLocked {
     Refused(#[from] io::Error),
 }
 
+impl NotLocked {
+    /// Says so in the log, once the start-up lines are out.
+    pub fn warn(&self) {
+        tracing::warn!("Keys may be swapped out, because memory cannot be locked: {self}");
+    }
+}
+
 /// No core dump, no debugger of the same user and no swap shall see a key, a PIN or a token.
 ///
 /// # Errors
-/// Why pages may still be swapped out; the caller says so in its log when its start-up lines are out.
+/// Why pages may still be swapped out; the caller has it say so.
 pub fn protect() -> Result<(), NotLocked> {
     if let Err(error) = keep_private() {
         tracing::warn!("Core dumps stay possible: {error}");

@@ -6,9 +6,16 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
+use zeroize::Zeroizing;
+
+/// No PIN and no API key is as long, in bytes.
+const MAX_SECRET: usize = 4096;
 
 /// The environment, passed in so that tests need no process of their own.
 pub type Environment = BTreeMap<String, String>;
@@ -28,6 +35,13 @@ pub struct Settings {
 /// All that is wrong with a configuration; one mistake for each line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mistakes(pub Vec<String>);
+
+/// A secret of the configuration, wiped when it goes.
+pub struct Secret {
+    pub text: Zeroizing<String>,
+    /// The file it was read from, if it does not stand in the configuration itself.
+    pub file: Option<PathBuf>,
+}
 
 /// One section, or one entry of a list of sections.
 #[derive(Debug)]
@@ -203,6 +217,35 @@ impl Section<'_> {
         text.unwrap_or_default()
     }
 
+    /// A secret that has to be there: written down as `name`, or in the file that `in_file` names; never both, for nobody
+    /// could say which is meant. Without it there is no result, and the mistake is noted.
+    pub fn secret(&mut self, name: &'static str, in_file: &'static str) -> Option<Secret> {
+        let before = self.settings.mistakes.len();
+        let here = self.text(name).map(Zeroizing::new);
+        let elsewhere = self.text(in_file).map(PathBuf::from);
+        match (here, elsewhere) {
+            _ if self.settings.mistakes.len() > before => None,
+            (Some(text), None) => Some(Secret { text, file: None }),
+            (None, Some(path)) => match read_secret(&path) {
+                Ok(text) => Some(Secret { text, file: Some(path) }),
+                Err(cause) => {
+                    self.mistake(in_file, &format!("names a file that cannot be used: {cause}"));
+                    None
+                }
+            },
+            (Some(_), Some(_)) => {
+                let both = format!("and {in_file} are both set; only one of them may be");
+                self.mistake(name, &both);
+                None
+            }
+            (None, None) => {
+                let missing = format!("is missing (or {in_file}, the file that holds it)");
+                self.mistake(name, &missing);
+                None
+            }
+        }
+    }
+
     pub fn number(&mut self, name: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
         let Some(value) = self.take(name) else { return default };
         let number = match &value {
@@ -310,6 +353,25 @@ impl fmt::Display for Mistakes {
 
 impl std::error::Error for Mistakes {}
 
+/// The first and only line of a file. What blanks it begins or ends with belong to it.
+///
+/// # Errors
+/// Those of reading it, and a file that is empty, has several lines, or is no text.
+pub fn read_secret(path: &Path) -> io::Result<Zeroizing<String>> {
+    let refused = |what: &str| Err(io::Error::other(what));
+    // Of the whole size at once: a buffer that grows leaves copies behind.
+    let mut text = Zeroizing::new(String::with_capacity(MAX_SECRET));
+    let most = u64::try_from(MAX_SECRET).unwrap_or(u64::MAX);
+    File::open(path)?.take(most).read_to_string(&mut text)?;
+    let length = text.trim_end_matches(['\r', '\n']).len();
+    match length {
+        _ if text.trim().is_empty() => return refused("it is empty"),
+        MAX_SECRET => return refused("it is too long"),
+        _ => text.truncate(length),
+    }
+    if text.contains('\n') { refused("it has more than one line") } else { Ok(text) }
+}
+
 /// `did you mean X?`, or all names if none is near.
 fn nearest(name: &str, known: &[&str]) -> String {
     let name = name.to_uppercase();
@@ -387,6 +449,42 @@ mod tests {
                 "A.zzz is not a known name; known are TEXT, GONE, NUMBER, FLAG",
             ]
         );
+    }
+
+    #[test]
+    fn a_secret_stands_in_the_configuration_or_in_a_file_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pin");
+        let in_file = format!("A:\n  PIN_FILE: {}\n", path.display());
+        let read = |text: &str| {
+            let mut settings = settings(text);
+            let secret = settings.section("A", |a| a.secret("PIN", "PIN_FILE"));
+            settings.finish().map(|()| secret.map(|secret| (secret.text.to_string(), secret.file)))
+        };
+        let mistake = |text: &str| read(text).unwrap_err().0;
+        assert_eq!(read("A:\n  PIN: \" 12 34\"\n"), Ok(Some((" 12 34".into(), None))));
+        std::fs::write(&path, " 98 76\r\n").unwrap();
+        assert_eq!(read(&in_file), Ok(Some((" 98 76".into(), Some(path.clone())))));
+
+        let both = mistake(&format!("{in_file}  PIN: \"1\"\n"));
+        assert_eq!(both, ["A.PIN and PIN_FILE are both set; only one of them may be"]);
+        for none in ["", "A:\n  PIN: \"\"\n", "A:\n  PIN_FILE: \"\"\n"] {
+            assert_eq!(mistake(none), ["A.PIN is missing (or PIN_FILE, the file that holds it)"]);
+        }
+        assert_eq!(mistake("A:\n  PIN: 1234\n"), ["A.PIN must be written in quotes"]);
+        let long = "x".repeat(MAX_SECRET + 1);
+        for (content, what) in [
+            (" \n", "it is empty"),
+            ("12\n34\n", "it has more than one line"),
+            (&long, "it is too long"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let text = format!("A.PIN_FILE names a file that cannot be used: {what}");
+            assert_eq!(mistake(&in_file), [text]);
+        }
+        std::fs::remove_file(&path).unwrap();
+        let gone = "A.PIN_FILE names a file that cannot be used: No such file";
+        assert!(mistake(&in_file)[0].starts_with(gone), "{:?}", mistake(&in_file));
     }
 
     #[test]

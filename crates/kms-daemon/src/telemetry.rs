@@ -65,6 +65,15 @@ impl Handle {
 impl LogLevel {
     pub const NAMES: [&str; 4] = ["error", "warn", "info", "debug"];
 
+    pub fn name(self) -> &'static str {
+        match self {
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
+        }
+    }
+
     /// `None` if `name` is not one of [`LogLevel::NAMES`]; upper and lower case are one.
     pub fn parse(name: &str) -> Option<LogLevel> {
         match name.to_ascii_lowercase().as_str() {

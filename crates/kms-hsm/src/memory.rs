@@ -3,8 +3,12 @@
 //! Its fault switches show a service what an HSM does on a bad day. Nothing but a test builds it:
 //! the feature `memory` is a dev-dependency everywhere.
 
-use crate::vault::{MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Vault, VaultError, Wrapped};
+use crate::check::{CHECKED, check_input, first_quarter};
+use crate::vault::{
+    CheckValue, MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped,
+};
 use async_trait::async_trait;
+use aws_lc_rs::aead::{AES_128_GCM, AES_192_GCM, AES_256_GCM, Aad, Nonce, RandomizedNonceKey};
 use aws_lc_rs::cipher::{
     AES_128, AES_192, AES_256, DecryptionContext, EncryptionContext, PaddedBlockDecryptingKey,
     PaddedBlockEncryptingKey, UnboundCipherKey,
@@ -18,6 +22,7 @@ use kms_core::secret::SecretBytes;
 use kms_core::wdek::mac_input;
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -46,6 +51,7 @@ pub enum Fault {
 pub struct MemoryVault {
     keys: Mutex<Keys>,
     fault: watch::Sender<Option<Fault>>,
+    unwraps: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -64,7 +70,11 @@ impl MemoryVault {
     /// An empty vault without faults.
     #[must_use]
     pub fn new() -> Self {
-        Self { keys: Mutex::default(), fault: watch::Sender::new(None) }
+        Self {
+            keys: Mutex::default(),
+            fault: watch::Sender::new(None),
+            unwraps: AtomicUsize::new(0),
+        }
     }
 
     /// Turns a fault on, or off with `None`; calls that hang go on then.
@@ -80,6 +90,21 @@ impl MemoryVault {
     /// Loses a key, as a token that was restored from an old backup does.
     pub fn lose_version(&self, id: Uuid) {
         self.keys().versions.remove(&id);
+    }
+
+    /// Puts another key under this name, as a token does that was made anew.
+    ///
+    /// # Errors
+    /// The software cipher fails.
+    pub fn replace_version(&self, id: Uuid) -> Result<(), VaultError> {
+        self.lose_version(id);
+        self.add(id, fresh(32)?)
+    }
+
+    /// How often something was to be unwrapped.
+    #[must_use]
+    pub fn unwraps(&self) -> usize {
+        self.unwraps.load(Ordering::Relaxed)
     }
 
     async fn pass_fault(&self) -> Result<(), VaultError> {
@@ -154,9 +179,7 @@ impl Vault for MemoryVault {
         dek: SecretBytes,
     ) -> Result<Wrapped, VaultError> {
         self.pass_fault().await?;
-        if dek.is_empty() || dek.len() > MAX_PLAINTEXT {
-            return Err(VaultError::BadInput(format!("{} bytes to wrap", dek.len())));
-        }
+        check_length(&dek)?;
         let keys = self.keys();
         let version = keys.versions.get(&id).ok_or(VaultError::NotFound)?;
         let mut iv = [0; IV_LEN];
@@ -172,6 +195,7 @@ impl Vault for MemoryVault {
         context: &[u8],
         wrapped: Wrapped,
     ) -> Result<SecretBytes, VaultError> {
+        self.unwraps.fetch_add(1, Ordering::Relaxed);
         self.pass_fault().await?;
         let keys = self.keys();
         let version = keys.versions.get(&id).ok_or(VaultError::NotFound)?;
@@ -179,6 +203,57 @@ impl Vault for MemoryVault {
         hmac::verify(&version.hmac, &covered, &wrapped.hash)
             .map_err(|_| VaultError::NotAuthentic)?;
         decrypt(&version.aes, wrapped).map_err(|_| VaultError::NotAuthentic)
+    }
+
+    async fn wrap_gcm(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        dek: SecretBytes,
+    ) -> Result<Sealed, VaultError> {
+        self.pass_fault().await?;
+        check_length(&dek)?;
+        let keys = self.keys();
+        let version = keys.versions.get(&id).ok_or(VaultError::NotFound)?;
+        let key = aead_key(&version.aes).map_err(broken)?;
+        let mut ciphertext = dek.as_slice().to_vec();
+        let iv =
+            key.seal_in_place_append_tag(Aad::from(context), &mut ciphertext).map_err(broken)?;
+        Ok(Sealed { iv: iv.as_ref().to_vec(), ciphertext })
+    }
+
+    async fn unwrap_gcm(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        sealed: Sealed,
+    ) -> Result<SecretBytes, VaultError> {
+        self.pass_fault().await?;
+        let keys = self.keys();
+        let version = keys.versions.get(&id).ok_or(VaultError::NotFound)?;
+        let key = aead_key(&version.aes).map_err(broken)?;
+        let open = || {
+            let iv = Nonce::try_assume_unique_for_key(&sealed.iv)?;
+            let mut in_out = sealed.ciphertext.clone();
+            let len = key.open_in_place(iv, Aad::from(context), &mut in_out)?.len();
+            in_out.truncate(len);
+            Ok(SecretBytes::new(in_out))
+        };
+        open().map_err(|_: Unspecified| VaultError::NotAuthentic)
+    }
+
+    async fn check_value(&self, id: Uuid) -> Result<CheckValue, VaultError> {
+        self.pass_fault().await?;
+        let keys = self.keys();
+        let version = keys.versions.get(&id).ok_or(VaultError::NotFound)?;
+        let iv = [0; IV_LEN];
+        let ciphertext = encrypt(&version.aes, iv, &SecretBytes::new(CHECKED.to_vec()));
+        let input = check_input(&ciphertext.map_err(broken)?);
+        first_quarter(hmac::sign(&version.hmac, &input).as_ref())
+    }
+
+    fn serial(&self) -> Option<String> {
+        Some("memory".to_owned())
     }
 
     async fn random(&self, len: usize) -> Result<SecretBytes, VaultError> {
@@ -225,6 +300,22 @@ impl Vault for MemoryVault {
     async fn probe(&self) -> Result<(), VaultError> {
         self.pass_fault().await
     }
+}
+
+fn check_length(dek: &SecretBytes) -> Result<(), VaultError> {
+    if dek.is_empty() || dek.len() > MAX_PLAINTEXT {
+        return Err(VaultError::BadInput(format!("{} bytes to wrap", dek.len())));
+    }
+    Ok(())
+}
+
+fn aead_key(key: &SecretBytes) -> Result<RandomizedNonceKey, Unspecified> {
+    let algorithm = match key.len() {
+        16 => &AES_128_GCM,
+        24 => &AES_192_GCM,
+        _ => &AES_256_GCM,
+    };
+    RandomizedNonceKey::new(algorithm, key.as_slice())
 }
 
 fn fresh(len: usize) -> Result<SecretBytes, VaultError> {

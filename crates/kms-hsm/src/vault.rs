@@ -3,6 +3,7 @@
 //! A version of a CRK is named by its UUID alone. There is no method that returns a root key, none
 //! that lists attributes, and none that opens something whose code was not checked first.
 
+use crate::statistics::Statistics;
 use async_trait::async_trait;
 use kms_core::secret::SecretBytes;
 use std::fmt::Debug;
@@ -13,6 +14,9 @@ pub const MAX_PLAINTEXT: usize = 4096;
 
 /// The most random bytes that one call of [`Vault::random`] returns.
 pub const MAX_RANDOM: usize = 1024;
+
+/// By which a CRK version is known again: [`Vault::check_value`].
+pub type CheckValue = [u8; 16];
 
 /// Holds root keys and uses them. Every call ends within the vault's own deadline.
 #[async_trait]
@@ -56,6 +60,39 @@ pub trait Vault: Send + Sync + Debug {
         wrapped: Wrapped,
     ) -> Result<SecretBytes, VaultError>;
 
+    /// Like [`Vault::wrap`], with AES-GCM in one step. One version may be used so at most 2^32 times
+    /// (NIST SP 800-38D, 8.3); whoever calls this counts, over all who use the version.
+    ///
+    /// # Errors
+    /// As `wrap`, and `Policy` where no way to make the IV has passed the self-test.
+    async fn wrap_gcm(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        dek: SecretBytes,
+    ) -> Result<Sealed, VaultError>;
+
+    /// Opens what [`Vault::wrap_gcm`] made.
+    ///
+    /// # Errors
+    /// As `unwrap`.
+    async fn unwrap_gcm(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        sealed: Sealed,
+    ) -> Result<SecretBytes, VaultError>;
+
+    /// What both keys of this version make of a fixed input, cut to a quarter: the same in every copy of the token, and
+    /// in no other. Public: a MAC tells nothing of its key, and nothing that is wrapped is covered by this one.
+    ///
+    /// # Errors
+    /// `NotFound`.
+    async fn check_value(&self, id: Uuid) -> Result<CheckValue, VaultError>;
+
+    /// The serial number of the token, `None` until it was found for the first time.
+    fn serial(&self) -> Option<String>;
+
     /// Bytes from the vault's own random source, at most [`MAX_RANDOM`].
     ///
     /// # Errors
@@ -92,6 +129,10 @@ pub trait Vault: Send + Sync + Debug {
     /// # Errors
     /// What a wrap would meet.
     async fn probe(&self) -> Result<(), VaultError>;
+    /// What was counted until now; `None` where there is no HSM to count the calls of. Asks nothing of the HSM.
+    async fn statistics(&self) -> Option<Statistics> {
+        None
+    }
 }
 
 /// A wrapped DEK: AES-CBC-PAD, and HMAC-SHA-512 over `kms_core::wdek::mac_input`.
@@ -103,6 +144,15 @@ pub struct Wrapped {
     pub ciphertext: Vec<u8>,
     /// 64 bytes.
     pub hash: Vec<u8>,
+}
+
+/// A DEK wrapped with AES-GCM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sealed {
+    /// 12 bytes, or the 16 that some HSMs make.
+    pub iv: Vec<u8>,
+    /// As long as the DEK, and the tag of 16 bytes.
+    pub ciphertext: Vec<u8>,
 }
 
 /// The public half of an RSA key pair, both numbers big-endian without leading zeros.

@@ -11,6 +11,8 @@ use std::time::Duration;
 use aws_lc_rs::digest::{SHA256, digest};
 use kms_core::secret::Dek;
 
+use crate::random::Random;
+
 /// Which CRK a DEK belongs to, whatever URL or API key it is reached with.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct CrkName {
@@ -43,6 +45,11 @@ impl DekId {
     pub fn new(crk: &CrkName, wdek: &[u8]) -> DekId {
         let mut wdek_sha256 = [0; 32];
         wdek_sha256.copy_from_slice(digest(&SHA256, wdek).as_ref());
+        DekId::hashed(crk, wdek_sha256)
+    }
+
+    /// For whoever knows the WDEK's SHA-256 already.
+    pub fn hashed(crk: &CrkName, wdek_sha256: [u8; 32]) -> DekId {
         DekId { crk: crk.clone(), wdek_sha256 }
     }
 }
@@ -88,14 +95,13 @@ impl DekCache {
         }
     }
 
-    /// Those that end soon and were used since they were confirmed: to be asked for again before a caller
+    /// Those that were confirmed so long ago and were used since: to be asked for again before they end and a caller
     /// has to wait for them.
-    pub fn due(&self, now: Duration, lifetime: Duration) -> Vec<(DekId, Arc<[u8]>)> {
-        let soon = refresh_age(lifetime);
+    pub fn due(&self, now: Duration, age: Duration) -> Vec<(DekId, Arc<[u8]>)> {
         self.slots()
             .iter()
             .filter(|(_, slot)| {
-                now.saturating_sub(slot.confirmed) >= soon && slot.last_used > slot.confirmed
+                now.saturating_sub(slot.confirmed) >= age && slot.last_used > slot.confirmed
             })
             .map(|(id, slot)| (id.clone(), slot.wdek.clone()))
             .collect()
@@ -141,9 +147,12 @@ impl Slot {
     }
 }
 
-/// At this age a DEK is asked for again in the background: a quarter of its life is left to succeed in.
-pub fn refresh_age(lifetime: Duration) -> Duration {
-    lifetime - lifetime / 4
+/// At this age a DEK is asked for again in the background: a quarter of its life is left to succeed in. Drawn anew at
+/// each look and sometimes up to an eighth earlier: plug-ins that got their DEKs together, when an outage ended, do not
+/// all come back together.
+pub fn refresh_age(lifetime: Duration, random: &Random) -> Duration {
+    let latest = lifetime - lifetime / 4;
+    random.between(latest - lifetime / 8, latest)
 }
 
 #[cfg(test)]
@@ -206,11 +215,20 @@ mod tests {
         keep(&cache, b"1", at(0), 10);
         keep(&cache, b"2", at(0), 10);
         cache.find(&id(b"1"), at(10), HOUR);
-        assert!(cache.due(at(44), HOUR).is_empty());
-        let due: Vec<_> = cache.due(at(45), HOUR).into_iter().map(|(id, _)| id).collect();
+        let age = at(45);
+        assert!(cache.due(at(44), age).is_empty());
+        let due: Vec<_> = cache.due(at(45), age).into_iter().map(|(id, _)| id).collect();
         assert_eq!(due, [id(b"1")]);
         keep(&cache, b"1", at(45), 10);
-        assert!(cache.due(at(46), HOUR).is_empty(), "confirmed just now");
+        assert!(cache.due(at(46), age).is_empty(), "confirmed just now");
         assert!(cache.find(&id(b"1"), at(100), HOUR).is_some(), "it lives on");
+    }
+
+    #[test]
+    fn a_refresh_is_early_enough_and_not_at_one_age_for_all() {
+        let ages: Vec<_> = (0..100).map(|_| refresh_age(HOUR, &Random::system())).collect();
+        let (earliest, latest) = (at(37), at(45));
+        assert!(ages.iter().all(|age| (earliest..=latest).contains(age)), "{ages:?}");
+        assert!(ages.iter().max() > ages.iter().min(), "{ages:?}");
     }
 }

@@ -6,10 +6,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use kms_core::cipher::v2;
 use kms_core::key_id::{KeyId, KeyIdError};
 use kms_core::secret::Dek;
 
-use crate::dek_cache::{CrkName, refresh_age};
+use crate::dek_cache::CrkName;
 use crate::provider::NewDek;
 use crate::provider::guard::Guard;
 use crate::sealer::{SealerError, Status};
@@ -18,9 +19,24 @@ use crate::sealer::{SealerError, Status};
 #[derive(Debug)]
 pub struct Crk {
     pub name: CrkName,
-    /// KP_CONFIG.VERSION: how KMS v1 values name this entry.
+    /// KP_CONFIG.VERSION: how KMS v1 values and key_ids name this entry.
     pub kp_version: i64,
     pub service: Guard,
+}
+
+/// Why a changed configuration is not taken over. The operator must write another one.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InstallError {
+    #[error(
+        "KP_CONFIG goes back to VERSION {kp_version} of CRK {crk}, which was left, and a key_id is never used twice: give \
+         KP_CONFIG a VERSION that was never used, such as {free}, and list VERSION {kp_version} in KP_CONFIG_PREVIOUS"
+    )]
+    UsedBefore { crk: CrkName, kp_version: i64, free: i64 },
+    #[error(
+        "no entry is VERSION {kp_version} of CRK {crk} any more, under which values are sealed now, so that they could not be \
+         opened: list it in KP_CONFIG_PREVIOUS, and give KP_CONFIG a VERSION that was never used, such as {free}"
+    )]
+    Forgotten { crk: CrkName, kp_version: i64, free: i64 },
 }
 
 /// The CRK that wraps, and those that only unwrap.
@@ -106,11 +122,19 @@ pub struct Keys {
     active: Option<Active>,
     /// What Status says. Outlives `active`, so that a withdrawn CRK that comes back is no change.
     reported: Option<KeyId>,
-    /// key_ids of this CRK that were reported before: never again, whatever a lagging replica answers.
+    /// key_ids that were reported before, oldest first: never again, whatever a lagging replica answers and the
+    /// configuration says.
     retired: Vec<KeyId>,
+    /// The key service was seen to unwrap, not only to wrap.
+    proven: bool,
     /// How often `reported` changed.
     changes: u64,
+    /// Since when the configuration wants another key_id than the reported one.
+    moved: Option<Duration>,
+    /// Whether the configuration's CRK wraps and unwraps.
     ready: Result<(), SealerError>,
+    /// Whether the CRK does that the configuration has moved away from, while it still seals.
+    fallback: Result<(), SealerError>,
 }
 
 #[derive(Debug)]
@@ -129,15 +153,33 @@ impl Keys {
         let ready = Err(SealerError::Unavailable {
             text: "the plug-in has just started and has not asked the key service yet".into(),
         });
-        Keys { policy, ring, active: None, reported: None, retired: Vec::new(), changes: 0, ready }
+        Keys {
+            policy,
+            ring,
+            active: None,
+            reported: None,
+            retired: Vec::new(),
+            proven: false,
+            changes: 0,
+            moved: None,
+            fallback: ready.clone(),
+            ready,
+        }
     }
 
     /// A new configuration. Old values can be opened as it says from now on. The DEK that seals, and with it the
-    /// reported key_id, stays until the new CRK, or the version that is newly named, has wrapped another one.
-    pub fn install(&mut self, ring: Ring, policy: Policy) {
-        if ring.current.name != self.ring.current.name {
-            self.retired.clear();
-        }
+    /// reported key_id, stays until the new entry's CRK, or the version that is newly named, has wrapped another one;
+    /// but not for longer than a DEK may live.
+    ///
+    /// # Errors
+    /// See [`InstallError`]; then nothing changed.
+    pub fn install(
+        &mut self,
+        ring: Ring,
+        policy: Policy,
+        now: Duration,
+    ) -> Result<(), InstallError> {
+        self.check(&ring)?;
         if let Some(active) = &mut self.active {
             if active.crk.wraps_like(&ring.current) {
                 active.crk = ring.current.clone();
@@ -147,6 +189,12 @@ impl Keys {
             }
         }
         (self.ring, self.policy) = (ring, policy);
+        if self.reports_current() {
+            self.moved = None;
+        } else if self.moved.is_none() {
+            (self.moved, self.fallback) = (Some(now), self.ready.clone());
+        }
+        Ok(())
     }
 
     pub fn policy(&self) -> Policy {
@@ -186,6 +234,11 @@ impl Keys {
         Asked { crk: self.ring.current.clone(), changes: self.changes }
     }
 
+    /// Whether an Encrypt asks another CRK than the probe does: the one that the configuration has moved away from.
+    pub fn clings(&self) -> bool {
+        self.moved.is_some() && self.active.is_some()
+    }
+
     /// Takes over a DEK that the key service has made. If it was wrapped by another CRK version than the reported one,
     /// DEK and key_id change in this one step: first rotated, reported from here on.
     ///
@@ -197,19 +250,22 @@ impl Keys {
         new: &NewDek,
         now: Duration,
     ) -> Result<Adopted, NotAdopted> {
-        let name = &asked.crk.name;
-        let key_id =
-            KeyId::new(&name.instance, &name.crk, &new.version).map_err(NotAdopted::KeyId)?;
+        let Crk { name, kp_version, .. } = &*asked.crk;
+        let (version, kp_version) = (&new.version, *kp_version);
+        let key_id = KeyId::of_entry(&name.instance, &name.crk, version, kp_version)
+            .map_err(NotAdopted::KeyId)?;
         let changed = self.reported.as_ref() != Some(&key_id);
-        let outdated = self.changes != asked.changes || !self.wants(name);
-        if changed && (outdated || self.is_replaced(name, &key_id)) {
+        let wanted = self.wants(&asked.crk);
+        let outdated = self.changes != asked.changes || !wanted;
+        let replaced = self.retired.contains(&key_id) || self.is_replaced(name, version);
+        if changed && (outdated || replaced) {
             return Err(NotAdopted::Stale);
         }
         if changed {
             self.report(key_id.clone());
         }
         let worn = |active: &Active| active.is_worn(&self.policy, now);
-        if changed || self.active.as_ref().is_none_or(worn) {
+        if changed || wanted && self.active.as_ref().is_none_or(worn) {
             self.active = Some(Active {
                 crk: asked.crk.clone(),
                 key_id: key_id.clone(),
@@ -220,16 +276,14 @@ impl Keys {
                 uses: 0,
             });
         }
-        let kp_version = asked.crk.kp_version;
         let sealing = Sealing { dek: new.dek.clone(), wdek: new.wdek.clone(), key_id, kp_version };
         Ok(Adopted { sealing, changed })
     }
 
-    /// The WDEK that seals, if its DEK ends soon or has ended: to be unwrapped again.
-    pub fn to_refresh(&self, now: Duration) -> Option<Wrapped> {
+    /// The WDEK that seals, if its DEK was confirmed so long ago: to be unwrapped again before or after it ends.
+    pub fn to_refresh(&self, now: Duration, age: Duration) -> Option<Wrapped> {
         let active = self.active.as_ref().filter(|_| self.policy.keeps_dek())?;
-        let age = now.saturating_sub(active.confirmed);
-        (age >= refresh_age(self.policy.lifetime)).then(|| active.wrapped())
+        (now.saturating_sub(active.confirmed) >= age).then(|| active.wrapped())
     }
 
     /// The key service has given out the DEK of `wdek` again.
@@ -240,6 +294,7 @@ impl Keys {
         if let Some(active) = self.active.as_mut().filter(|active| *active.wdek == *wdek) {
             active.dek = Some(dek.clone());
             active.confirmed = now;
+            self.proven = true;
         }
     }
 
@@ -254,9 +309,13 @@ impl Keys {
         sealed
     }
 
-    /// Wipes the DEK that seals if it is too old to be used.
+    /// Wipes the DEK that seals if it is too old to be used. A CRK that the configuration has moved away from seals for
+    /// no longer than a DEK may live: a rotation that fails is not hidden for ever.
     pub fn expire(&mut self, now: Duration) {
-        let lifetime = self.policy.lifetime;
+        let Policy { lifetime, max_age, .. } = self.policy;
+        if self.moved.is_some_and(|since| now.saturating_sub(since) >= max_age) {
+            self.active = None;
+        }
         if let Some(active) = &mut self.active
             && now.saturating_sub(active.confirmed) >= lifetime
         {
@@ -266,9 +325,15 @@ impl Keys {
 
     /// What the background probe found; true if that is news.
     pub fn set_ready(&mut self, ready: Result<(), SealerError>) -> bool {
+        self.proven |= ready.is_ok();
         let news = self.ready != ready;
         self.ready = ready;
         news
+    }
+
+    /// What it found about the CRK that the configuration has moved away from.
+    pub fn set_fallback(&mut self, fallback: Result<(), SealerError>) {
+        self.fallback = fallback;
     }
 
     pub fn ready(&self) -> Result<(), SealerError> {
@@ -276,6 +341,9 @@ impl Keys {
     }
 
     /// The reported key_id, while sealing is possible: with a DEK in memory, or because the key service answered last.
+    /// A DEK that came with a request counts only once the service was seen to unwrap, too: what it only wraps nobody
+    /// could read. Nor does one whose WDEK is so long that kube-apiserver would discard every value sealed with it; KMS v1,
+    /// which does not ask for Status, has room for it.
     ///
     /// # Errors
     /// Why sealing is not possible.
@@ -283,8 +351,11 @@ impl Keys {
         let from_memory = self.active.as_ref().is_some_and(|active| {
             active.dek.is_some() && active.may_seal(&self.policy, now) && !self.policy.new_dek
         });
-        if !from_memory {
-            self.ready.clone()?;
+        if !from_memory || !self.proven {
+            if self.clings() { self.fallback.clone()? } else { self.ready.clone()? }
+        }
+        if let Some(active) = &self.active {
+            active.check_room()?;
         }
         let key_id = self.reported.clone();
         key_id.map(|key_id| Status { key_id }).ok_or_else(|| SealerError::Unavailable {
@@ -293,6 +364,11 @@ impl Keys {
     }
 
     /// The CRK that a key_id names.
+    pub fn behind(&self, key_id: &KeyId) -> Option<Arc<Crk>> {
+        self.known().find(|crk| names(key_id, &crk.name)).cloned()
+    }
+
+    /// The configured CRK of this name.
     pub fn named(&self, name: &CrkName) -> Option<Arc<Crk>> {
         self.known().find(|crk| crk.name == *name).cloned()
     }
@@ -325,12 +401,19 @@ impl Keys {
 
     /// True if `version` of `crk` is news: neither reported nor replaced.
     pub fn is_news(&self, crk: &CrkName, version: &str) -> bool {
-        KeyId::new(&crk.instance, &crk.crk, version).is_ok_and(|key_id| {
-            self.reported.as_ref().is_some_and(|reported| {
-                (reported.instance(), reported.crk()) == (key_id.instance(), key_id.crk())
-                    && *reported != key_id
-            }) && !self.is_replaced(crk, &key_id)
-        })
+        let reported = self.reported.as_ref().filter(|reported| names(reported, crk));
+        reported.is_some_and(|reported| reported.version() != version)
+            && !self.is_replaced(crk, version)
+    }
+
+    /// What a request has just found out about this CRK is not what the last probe did.
+    pub fn contradicts(&self, crk: &CrkName, ok: bool) -> bool {
+        if *crk == self.ring.current.name {
+            return self.ready.is_ok() != ok;
+        }
+        let clings_to_it =
+            self.clings() && self.active.as_ref().is_some_and(|active| active.crk.name == *crk);
+        clings_to_it && self.fallback.is_ok() != ok
     }
 
     /// The configuration's CRKs, and the one that still seals while a new one is being tried.
@@ -339,20 +422,22 @@ impl Keys {
         std::iter::once(&self.ring.current).chain(&self.ring.previous).chain(active)
     }
 
-    /// A DEK of this CRK may seal: the configuration says so, or the new one is not proven yet.
-    pub fn wants(&self, name: &CrkName) -> bool {
-        *name == self.ring.current.name
-            || self.active.as_ref().is_some_and(|active| active.crk.name == *name)
+    /// A DEK of this entry's CRK may seal: the configuration says so, or the new one is not proven yet.
+    fn wants(&self, crk: &Crk) -> bool {
+        crk.is_entry(&self.ring.current)
+            || self.active.as_ref().is_some_and(|active| crk.is_entry(&active.crk))
     }
 
-    /// Another version has taken its place. If the configuration chooses the version, every other one is replaced, and
-    /// one that comes back was meant to; if the service does, one that was reported before is an old replica's.
-    fn is_replaced(&self, crk: &CrkName, key_id: &KeyId) -> bool {
+    /// Another version has taken its place. If the configuration chooses the version, every other one is replaced; if
+    /// the service does, one that another one followed is an old replica's.
+    fn is_replaced(&self, crk: &CrkName, version: &str) -> bool {
         let current = &self.ring.current;
-        match current.service.named_version().filter(|_| current.name == *crk) {
-            Some(named) => named != key_id.version(),
-            None => self.retired.contains(key_id),
+        if let Some(named) = current.service.named_version().filter(|_| current.name == *crk) {
+            return named != version;
         }
+        let history = self.retired.iter().chain(&self.reported);
+        let mut versions = history.filter(|key_id| names(key_id, crk)).map(KeyId::version);
+        versions.any(|seen| seen == version) && versions.any(|later| later != version)
     }
 
     fn report(&mut self, key_id: KeyId) {
@@ -360,13 +445,66 @@ impl Keys {
         if let Some(before) = self.reported.replace(key_id) {
             self.retired.push(before);
         }
+        if self.reports_current() {
+            self.moved = None;
+        }
+    }
+
+    /// The reported key_id, if there is one, is what the configuration wants.
+    fn reports_current(&self) -> bool {
+        let current = &self.ring.current;
+        self.reported.as_ref().is_none_or(|reported| {
+            let named = current.service.named_version();
+            belongs(reported, current) && named.is_none_or(|named| named == reported.version())
+        })
+    }
+
+    /// No key_id comes back, and what was sealed a moment ago can be opened.
+    fn check(&self, ring: &Ring) -> Result<(), InstallError> {
+        let Some(reported) = &self.reported else { return Ok(()) };
+        let entries = || std::iter::once(&ring.current).chain(&ring.previous);
+        let used = entries().map(|crk| crk.kp_version);
+        let used = used.chain(self.retired.iter().chain([reported]).map(KeyId::kp_version));
+        let free = used.max().unwrap_or_default().saturating_add(1);
+        if !entries().any(|crk| belongs(reported, crk)) {
+            let (instance, crk) = (reported.instance().into(), reported.crk().into());
+            let (crk, kp_version) = (CrkName { instance, crk }, reported.kp_version());
+            return Err(InstallError::Forgotten { crk, kp_version, free });
+        }
+        let current = &ring.current;
+        let comes_back = match current.service.named_version() {
+            Some(named) => {
+                self.retired.iter().any(|old| belongs(old, current) && old.version() == named)
+            }
+            None => {
+                !belongs(reported, current) && self.retired.iter().any(|old| belongs(old, current))
+            }
+        };
+        if comes_back {
+            let (crk, kp_version) = (current.name.clone(), current.kp_version);
+            return Err(InstallError::UsedBefore { crk, kp_version, free });
+        }
+        Ok(())
     }
 }
 
+fn names(key_id: &KeyId, crk: &CrkName) -> bool {
+    key_id.instance() == &*crk.instance && key_id.crk() == &*crk.crk
+}
+
+fn belongs(key_id: &KeyId, crk: &Crk) -> bool {
+    names(key_id, &crk.name) && key_id.kp_version() == crk.kp_version
+}
+
 impl Crk {
-    /// The same CRK, and the same version of it where the configuration names one.
+    /// The same entry, whatever URL or API key leads to it.
+    fn is_entry(&self, other: &Crk) -> bool {
+        self.name == other.name && self.kp_version == other.kp_version
+    }
+
+    /// The same entry, and the same version of its CRK where the configuration names one.
     fn wraps_like(&self, other: &Crk) -> bool {
-        self.name == other.name && self.service.named_version() == other.service.named_version()
+        self.is_entry(other) && self.service.named_version() == other.service.named_version()
     }
 }
 
@@ -391,6 +529,15 @@ impl Active {
         !self.may_seal(policy, now)
             || self.uses >= policy.max_uses - policy.max_uses / 10
             || now.saturating_sub(self.born) >= policy.max_age - policy.max_age / 10
+    }
+
+    fn check_room(&self) -> Result<(), SealerError> {
+        v2::check_wdek(self.crk.kp_version, &self.wdek).map_err(|error| SealerError::Unavailable {
+            text: format!(
+                "the key service's wrapped DEKs have {} bytes, which is too long for KMS v2: {error}",
+                self.wdek.len()
+            ),
+        })
     }
 
     fn wrapped(&self) -> Wrapped {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
+use kms_core::crypto_module;
 use kms_daemon::settings::{Environment, Mistakes};
 use kms_plugin::config::Source;
 use kms_plugin::serve;
@@ -13,7 +14,7 @@ const BAD_CONFIGURATION: u8 = 64;
 
 /// Encrypts what kube-apiserver stores in etcd, with keys that never leave an HSM.
 #[derive(Debug, Parser)]
-#[command(name = "kmsplugin", version)]
+#[command(name = "kmsplugin", version = crypto_module::VERSION.as_str())]
 struct Arguments {
     /// The configuration file (kmsplugin-config.yaml); without it the environment variable config_file names it.
     #[arg(long, value_name = "FILE")]

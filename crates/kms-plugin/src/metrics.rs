@@ -6,15 +6,20 @@
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use kms_core::crypto_module::CryptoModule;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 type Labels<const N: usize> = [(&'static str, &'static str); N];
 type Seconds = Gauge<f64, AtomicU64>;
+
+/// The gRPC code of an answer that is no error.
+const OK: &str = "OK";
 
 /// Cheap to clone: every clone writes into the same registry.
 #[derive(Debug, Clone)]
@@ -24,6 +29,7 @@ pub struct Metrics {
     provider_calls: Family<Labels<2>, Counter>,
     provider_call_seconds: Family<Labels<1>, Histogram, fn() -> Histogram>,
     opens: Family<Labels<1>, Counter>,
+    hits: Counter,
     v1_unauthenticated: Counter,
     dek_cache_entries: Gauge,
     dek_age_seconds: Seconds,
@@ -36,6 +42,17 @@ pub struct Metrics {
     key_ids: Family<[(&'static str, String); 1], Gauge>,
     key_id_changes: Counter,
     config_reloads: Family<Labels<1>, Counter>,
+}
+
+/// The numbers of one gRPC method. What counts an answer is found once and kept: to find it by its labels takes as long
+/// as to encrypt a seed.
+#[derive(Debug, Clone)]
+pub struct Requests {
+    ok: Counter,
+    seconds: Histogram,
+    all: Family<Labels<3>, Counter>,
+    api: &'static str,
+    method: &'static str,
 }
 
 /// What is measured only when somebody looks.
@@ -66,12 +83,14 @@ impl Metrics {
 
     /// For whoever does not publish: the same numbers, seen by nobody.
     pub fn unregistered() -> Metrics {
+        let opens = Family::<Labels<1>, Counter>::default();
         Metrics {
             requests: Family::default(),
             request_seconds: Family::new_with_constructor(request_buckets),
             provider_calls: Family::default(),
             provider_call_seconds: Family::new_with_constructor(call_buckets),
-            opens: Family::default(),
+            hits: opens.get_or_create_owned(&[("dek", "hit")]),
+            opens,
             v1_unauthenticated: Counter::default(),
             dek_cache_entries: Gauge::default(),
             dek_age_seconds: Seconds::default(),
@@ -87,18 +106,16 @@ impl Metrics {
         }
     }
 
-    /// One gRPC request answered; `code` is the gRPC code's name, such as `OK`.
-    pub fn request(
-        &self,
-        api: &'static str,
-        method: &'static str,
-        code: &'static str,
-        took: Duration,
-    ) {
-        self.requests.get_or_create(&[("api", api), ("method", method), ("code", code)]).inc();
-        self.request_seconds
-            .get_or_create(&[("api", api), ("method", method)])
-            .observe(took.as_secs_f64());
+    /// Where the requests of one gRPC method are counted.
+    pub fn requests(&self, api: &'static str, method: &'static str) -> Requests {
+        let ok = [("api", api), ("method", method), ("code", OK)];
+        Requests {
+            ok: self.requests.get_or_create_owned(&ok),
+            seconds: self.request_seconds.get_or_create_owned(&[("api", api), ("method", method)]),
+            all: self.requests.clone(),
+            api,
+            method,
+        }
     }
 
     /// One call to the key service; `outcome` as in the help text below.
@@ -109,7 +126,12 @@ impl Metrics {
             .observe(took.as_secs_f64());
     }
 
-    /// A DEK was looked for in order to open a value.
+    /// The DEK to open a value with was in the cache.
+    pub fn open_hit(&self) {
+        self.hits.inc();
+    }
+
+    /// A DEK was looked for in order to open a value, and not in the cache.
     pub fn open(&self, found: &'static str) {
         self.opens.get_or_create(&[("dek", found)]).inc();
     }
@@ -166,6 +188,11 @@ impl Metrics {
             self.config_reloads.clone(),
         );
         registry.register("build_info", "1 for the version that runs", self.build.clone());
+        registry.register(
+            "crypto_module",
+            "The module that does this build's cryptography; fips=\"true\" for the FIPS module",
+            Info::new(CryptoModule::linked().labels()),
+        );
     }
 
     fn add_provider(&self, registry: &mut Registry) {
@@ -244,14 +271,32 @@ impl Metrics {
     }
 }
 
+impl Requests {
+    /// One request answered; `code` is the gRPC code's name, such as `OK`.
+    pub fn answered(&self, code: &'static str, took: Duration) {
+        if code == OK {
+            self.ok.inc();
+        } else {
+            let labels = [("api", self.api), ("method", self.method), ("code", code)];
+            self.all.get_or_create(&labels).inc();
+        }
+        self.seconds.observe(took.as_secs_f64());
+    }
+}
+
 /// 50 µs to 1.6 s: from a sealed value out of memory to a call that waited for the service.
 fn request_buckets() -> Histogram {
-    Histogram::new(exponential_buckets(0.000_05, 2.0, 16))
+    Histogram::new(doubling(0.000_05, 16))
 }
 
 /// 1 ms to 4 s: one TLS round trip to the longest wait that a caller allows.
 fn call_buckets() -> Histogram {
-    Histogram::new(exponential_buckets(0.001, 2.0, 13))
+    Histogram::new(doubling(0.001, 13))
+}
+
+/// Not prometheus-client's own buckets: its powers would be all that needs libm, half a MiB of resident memory.
+fn doubling(first: f64, count: usize) -> impl Iterator<Item = f64> {
+    std::iter::successors(Some(first), |bound| Some(bound * 2.0)).take(count)
 }
 
 #[cfg(test)]
@@ -262,9 +307,12 @@ mod tests {
     fn every_metric_is_published_with_its_help_and_region() {
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry, "eu");
-        metrics.request("v2", "Encrypt", "OK", Duration::from_millis(1));
+        let requests = metrics.requests("v2", "Encrypt");
+        requests.answered("OK", Duration::from_millis(1));
+        requests.answered("UNAVAILABLE", Duration::from_millis(1));
         metrics.provider_call("wrap", "ok", Duration::from_millis(1));
-        metrics.open("hit");
+        metrics.open_hit();
+        metrics.open("miss");
         metrics.v1_unauthenticated();
         metrics.probe(true);
         metrics.config_reload(false);
@@ -274,7 +322,10 @@ mod tests {
         for line in [
             r#"kmsplugin_requests_total{region="eu",api="v2",method="Encrypt",code="OK"} 1"#,
             r#"kmsplugin_provider_calls_total{region="eu",operation="wrap",outcome="ok"} 1"#,
+            r#"kmsplugin_requests_total{region="eu",api="v2",method="Encrypt",code="UNAVAILABLE"} 1"#,
+            r#"kmsplugin_request_seconds_count{region="eu",api="v2",method="Encrypt"} 2"#,
             r#"kmsplugin_dek_lookups_total{region="eu",dek="hit"} 1"#,
+            r#"kmsplugin_dek_lookups_total{region="eu",dek="miss"} 1"#,
             r#"kmsplugin_v1_unauthenticated_opens_total{region="eu"} 1"#,
             r#"kmsplugin_ready{region="eu"} 1"#,
             r#"kmsplugin_config_reloads_total{region="eu",outcome="refused"} 1"#,

@@ -8,13 +8,14 @@ use std::time::Duration;
 
 use kms_daemon::lifecycle::Shutdown;
 
+use crate::dek_cache::refresh_age;
 use crate::keys::{Asked, Crk, NotAdopted, Wrapped};
 use crate::provider::{self, NewDek};
 use crate::sealer::{Call, Sealer, SealerError};
 
 /// As long as kube-apiserver would wait.
 const DEADLINE: Duration = Duration::from_secs(3);
-/// While the key service does not answer it is asked this often, so that recovery is seen soon.
+/// While the key service does not answer it is asked at least this often, so that recovery is seen soon.
 const WHILE_NOT_READY: Duration = Duration::from_secs(5);
 
 /// Probes at once, then every `interval`, sooner while it fails or when a request found out something new.
@@ -24,7 +25,7 @@ pub async fn run(sealer: Arc<Sealer>, interval: Duration, shutdown: Shutdown) {
             ready = probe(&sealer) => ready,
             () = shutdown.requested() => return,
         };
-        let pause = if ready { interval } else { interval.min(WHILE_NOT_READY) };
+        let pause = pause(&sealer, ready, interval);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             () = sealer.probe_wanted() => {}
@@ -33,18 +34,49 @@ pub async fn run(sealer: Arc<Sealer>, interval: Duration, shutdown: Shutdown) {
     }
 }
 
+/// Somewhat less than what is set, and by chance: plug-ins that began together, or met in an outage, drift apart.
+fn pause(sealer: &Sealer, ready: bool, interval: Duration) -> Duration {
+    let random = &sealer.tools().random;
+    if ready {
+        random.between(interval - interval / 4, interval)
+    } else {
+        let longest = interval.min(WHILE_NOT_READY);
+        random.between(longest / 2, longest)
+    }
+}
+
 /// One round; true if a DEK can be wrapped and unwrapped now.
 pub async fn probe(sealer: &Sealer) -> bool {
-    let call = Call { uid: probe_uid(sealer), deadline: DEADLINE };
+    let call = Call { uid: probe_uid(sealer), trace: None, deadline: DEADLINE };
     let asked = sealer.keys().to_probe();
-    let proven = prove(&asked.crk, &call).await;
-    let proven = sealer.learn(&asked.crk, proven).and_then(|proof| adopt(sealer, &asked, &proof));
+    let proven = try_out(sealer, &asked, &call).await;
+    if proven.is_err() {
+        try_fallback(sealer, &call).await;
+    }
+    sealer.tools().metrics.probe(proven.is_ok());
+    // Before anything is waited for: what was adopted is reported by now.
+    report(sealer, proven);
     refresh(sealer, &call).await;
     expire(sealer);
-    let ready = proven.is_ok();
-    sealer.tools().metrics.probe(ready);
-    report(sealer, proven);
-    ready
+    sealer.ready().is_ok()
+}
+
+/// The configuration's CRK does not wrap. If the one before still seals, Status depends on that one.
+async fn try_fallback(sealer: &Sealer, call: &Call) {
+    let asked = {
+        let keys = sealer.keys();
+        keys.clings().then(|| keys.to_seal())
+    };
+    if let Some(asked) = asked {
+        let proven = try_out(sealer, &asked, call).await;
+        sealer.keys().set_fallback(proven);
+    }
+}
+
+async fn try_out(sealer: &Sealer, asked: &Asked, call: &Call) -> Result<(), SealerError> {
+    let proof = prove(&asked.crk, call).await;
+    let proof = sealer.learn(&asked.crk, proof)?;
+    adopt(sealer, asked, &proof)
 }
 
 struct Proof {
@@ -76,16 +108,17 @@ fn adopt(sealer: &Sealer, asked: &Asked, proof: &Proof) -> Result<(), SealerErro
 }
 
 async fn refresh(sealer: &Sealer, call: &Call) {
-    let (policy, sealing) = {
+    let (age, sealing) = {
         let keys = sealer.keys();
-        (keys.policy(), keys.to_refresh(sealer.now()))
+        let age = refresh_age(keys.policy().lifetime, &sealer.tools().random);
+        (age, keys.to_refresh(sealer.now(), age))
     };
     if let Some(Wrapped { crk, wdek, .. }) = sealing
         && !refresh_one(sealer, &crk, &wdek, call).await
     {
         return;
     }
-    for (id, wdek) in sealer.deks().due(sealer.now(), policy.lifetime) {
+    for (id, wdek) in sealer.deks().due(sealer.now(), age) {
         let Some(crk) = sealer.keys().named(&id.crk) else { continue };
         if !refresh_one(sealer, &crk, &wdek, call).await {
             return;

@@ -2,6 +2,9 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
+
+use kms_core::crypto_module::CryptoModule;
 
 use crate::sealer::SealerError;
 
@@ -32,6 +35,21 @@ impl Random {
         (self.0)(&mut bytes)?;
         Ok(bytes)
     }
+
+    /// For AES-GCM: none where the FIPS module draws it, which approves of no nonce from outside.
+    ///
+    /// # Errors
+    /// If the source has none.
+    pub fn nonce<const N: usize>(&self) -> Result<Option<[u8; N]>, NoRandom> {
+        if CryptoModule::linked().fips { Ok(None) } else { self.bytes().map(Some) }
+    }
+
+    /// Some time from `least` to `most`, so that many who met once (in an outage, at a start) do not meet again. The
+    /// longest where there is no chance.
+    pub fn between(&self, least: Duration, most: Duration) -> Duration {
+        let chance = self.bytes().map_or(u16::MAX, u16::from_be_bytes);
+        least + most.saturating_sub(least) * u32::from(chance) / u32::from(u16::MAX)
+    }
 }
 
 impl fmt::Debug for Random {
@@ -43,5 +61,28 @@ impl fmt::Debug for Random {
 impl From<NoRandom> for SealerError {
     fn from(_: NoRandom) -> SealerError {
         SealerError::Unavailable { text: "this node has no random bytes".into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_between_two_is_never_outside_them_and_seldom_the_same() {
+        let (least, most) = (Duration::from_secs(15), Duration::from_secs(20));
+        let times: Vec<_> = (0..100).map(|_| Random::system().between(least, most)).collect();
+        assert!(times.iter().all(|time| (least..=most).contains(time)), "{times:?}");
+        let distinct: std::collections::BTreeSet<_> = times.iter().collect();
+        assert!(distinct.len() > 90, "{times:?}");
+        let constant = |byte| {
+            Random::new(move |bytes| {
+                bytes.fill(byte);
+                Ok(())
+            })
+        };
+        assert_eq!(constant(0).between(least, most), least);
+        assert_eq!(constant(0xff).between(least, most), most);
+        assert_eq!(Random::new(|_| Err(NoRandom)).between(least, most), most);
     }
 }

@@ -91,6 +91,7 @@ impl RingMaker {
             Mistakes(vec![text.into()])
         })?;
         let hsm = self.hsm.get_or_init(|| Arc::new(pkcs11::Hsm::with(settings)));
+        hsm.use_pin(&settings.pin);
         let crk = |entry: &KpConfig, version| {
             let (instance, crk) = (entry.instance_id.clone(), entry.crk_id.clone());
             Arc::new(Pkcs11Crk::new(hsm.clone(), instance, crk, version)) as Arc<dyn KeyService>

@@ -6,16 +6,20 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use kms_api::trace::{TraceId, TraceParent};
 use kms_core::cipher::{FormatError, OpenError, SealError, v1, v2};
 use kms_core::key_id::KeyId;
 use kms_core::secret::{Dek, SecretBytes};
 use kms_daemon::telemetry::{Shown, VALUES};
 use tokio::sync::Notify;
 use tokio::time::timeout;
+use tracing::field::{DisplayValue, display};
 
-use crate::dek_cache::{CrkName, DekCache, DekId};
+use crate::dek_cache::{DekCache, DekId};
 use crate::flight::{Flights, Seat};
-use crate::keys::{Adopted, Asked, Crk, Keys, Next, NotAdopted, Policy, Ring, Sealing, Wrapped};
+use crate::keys::{
+    Adopted, Asked, Crk, InstallError, Keys, Next, NotAdopted, Policy, Ring, Sealing, Wrapped,
+};
 use crate::metrics::Snapshot;
 use crate::provider::guard::{Tools, budget};
 use crate::provider::{self, NewDek};
@@ -24,7 +28,16 @@ use crate::provider::{self, NewDek};
 #[derive(Debug, Clone)]
 pub struct Call {
     pub uid: String,
+    /// The trace that the caller is part of, if it said so.
+    pub trace: Option<TraceParent>,
     pub deadline: Duration,
+}
+
+impl Call {
+    /// For the field `trace_id` of each log line; without a trace there is none.
+    pub fn trace_id(&self) -> Option<DisplayValue<TraceId>> {
+        self.trace.map(|trace| display(trace.trace_id()))
+    }
 }
 
 /// A sealed payload of KMS v2 and the key_id that goes with it.
@@ -110,7 +123,7 @@ impl Sealer {
         call: Call,
     ) -> Result<Vec<u8>, SealerError> {
         let len_bytes = self.keys().policy().len_bytes;
-        let sealing = self.in_time(&call, self.sealing(&call)).await?;
+        let sealing = self.sealing(&call).await?;
         let cipher = v1::seal(&v1::Seal {
             dek: &sealing.dek,
             kp_version: sealing.kp_version,
@@ -124,19 +137,24 @@ impl Sealer {
     }
 
     pub async fn decrypt_v1(&self, cipher: &[u8], call: Call) -> Result<SecretBytes, SealerError> {
-        let envelope = v1::Envelope::decode(cipher).map_err(foreign)?;
+        let envelope = v1::Envelope::decode(cipher).map_err(|error| foreign(&error, &call))?;
         let kp_version = envelope.kp_version();
-        tracing::info!(target: VALUES, uid = call.uid, kp_version, wdek = %Shown(envelope.wdek()), "opening v1");
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), kp_version, wdek = %Shown(envelope.wdek()), "opening v1");
         let crk = self
             .keys()
             .versioned(kp_version)
             .ok_or_else(|| SealerError::UnknownKey(format!("KpVersion {kp_version}")))?;
-        let dek = self.in_time(&call, self.dek_in(&crk, envelope.wdek(), &call)).await?;
+        let id = DekId::hashed(&crk.name, envelope.wdek_sha256());
+        let dek = self.dek_in(&crk, id, envelope.wdek(), &call).await?;
         let policy = self.keys().policy();
         let opened = envelope.open(&dek, policy.len_bytes, policy.accept_unauthenticated)?;
         if !opened.authenticated {
             self.tools.metrics.v1_unauthenticated();
-            tracing::warn!(uid = call.uid, "Opened a KMS v1 value without an authentication code.");
+            tracing::warn!(
+                uid = call.uid,
+                trace_id = call.trace_id(),
+                "Opened a KMS v1 value without an authentication code."
+            );
         }
         Ok(opened.payload)
     }
@@ -146,13 +164,13 @@ impl Sealer {
         payload: SecretBytes,
         call: Call,
     ) -> Result<Sealed, SealerError> {
-        let sealing = self.in_time(&call, self.sealing(&call)).await?;
+        let sealing = self.sealing(&call).await?;
         let ciphertext = v2::seal(
             &sealing.dek,
             &sealing.key_id,
             sealing.kp_version,
             &sealing.wdek,
-            self.tools.random.bytes()?,
+            self.tools.random.nonce()?,
             payload.as_slice(),
         )?;
         self.log_sealed(&sealing, &call);
@@ -168,10 +186,11 @@ impl Sealer {
     ) -> Result<SecretBytes, SealerError> {
         let unknown = || SealerError::UnknownKey(format!("key_id {key_id:?}"));
         let key_id = KeyId::parse(key_id).map_err(|_| unknown())?;
-        let crk = self.keys().named(&CrkName::of(&key_id)).ok_or_else(unknown)?;
-        let envelope = v2::Envelope::decode(ciphertext).map_err(foreign)?;
-        tracing::info!(target: VALUES, uid = call.uid, %key_id, wdek = %Shown(envelope.wdek()), "opening v2");
-        let dek = self.in_time(&call, self.dek_in(&crk, envelope.wdek(), &call)).await?;
+        let crk = self.keys().behind(&key_id).ok_or_else(unknown)?;
+        let envelope = v2::Envelope::decode(ciphertext).map_err(|error| foreign(&error, &call))?;
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), %key_id, wdek = %Shown(envelope.wdek()), "opening v2");
+        let id = DekId::hashed(&crk.name, envelope.wdek_sha256());
+        let dek = self.dek_in(&crk, id, envelope.wdek(), &call).await?;
         Ok(envelope.open(&dek, &key_id)?)
     }
 
@@ -186,11 +205,12 @@ impl Sealer {
     }
 
     /// Takes over a changed configuration; see [`Keys::install`].
-    pub fn install(&self, ring: Ring, policy: Policy) {
-        self.keys().install(ring, policy);
+    pub fn install(&self, ring: Ring, policy: Policy) -> Result<(), InstallError> {
+        self.keys().install(ring, policy, self.now())?;
         self.forget_strangers();
         self.deks.expire(self.now(), policy.lifetime);
         self.probe_wanted.notify_one();
+        Ok(())
     }
 
     pub fn snapshot(&self) -> Snapshot {
@@ -205,10 +225,19 @@ impl Sealer {
         }
     }
 
-    /// The DEK to seal with, and what belongs to it.
+    /// The DEK to seal with, and what belongs to it: from memory, or with the key service's help.
     async fn sealing(&self, call: &Call) -> Result<Sealing, SealerError> {
+        let next = self.keys().next(self.now());
+        match next {
+            Next::FromMemory(sealing) => Ok(sealing),
+            // In a box: all that waiting for the service may take would else be part of every call's future, which is
+            // moved several times.
+            next => Box::pin(self.in_time(call, self.sealing_anew(next, call))).await,
+        }
+    }
+
+    async fn sealing_anew(&self, mut next: Next, call: &Call) -> Result<Sealing, SealerError> {
         loop {
-            let next = self.keys().next(self.now());
             match next {
                 Next::FromMemory(sealing) => return Ok(sealing),
                 Next::New => return self.new_dek(call).await,
@@ -219,6 +248,7 @@ impl Sealer {
                     renewed?;
                 }
             }
+            next = self.keys().next(self.now());
         }
     }
 
@@ -243,16 +273,33 @@ impl Sealer {
     }
 
     /// The DEK of a value that is to be opened: from memory, or unwrapped once for all who want it.
-    async fn dek_in(&self, crk: &Crk, wdek: &[u8], call: &Call) -> Result<Dek, SealerError> {
+    async fn dek_in(
+        &self,
+        crk: &Crk,
+        id: DekId,
+        wdek: &[u8],
+        call: &Call,
+    ) -> Result<Dek, SealerError> {
+        let lifetime = self.keys().policy().lifetime;
+        if let Some(dek) = self.deks.find(&id, self.now(), lifetime) {
+            self.tools.metrics.open_hit();
+            return Ok(dek);
+        }
+        // In a box for the same reason as in `sealing`.
+        Box::pin(self.in_time(call, self.dek_asked_for(crk, id, wdek, call))).await
+    }
+
+    async fn dek_asked_for(
+        &self,
+        crk: &Crk,
+        id: DekId,
+        wdek: &[u8],
+        call: &Call,
+    ) -> Result<Dek, SealerError> {
         let lifetime = self.keys().policy().lifetime;
         if lifetime.is_zero() {
             self.tools.metrics.open("uncached");
             return self.unwrap(crk, wdek, call).await;
-        }
-        let id = DekId::new(&crk.name, wdek);
-        if let Some(dek) = self.deks.find(&id, self.now(), lifetime) {
-            self.tools.metrics.open("hit");
-            return Ok(dek);
         }
         let unwrap = || async {
             // Another caller may have landed between the look above and this one's turn.
@@ -290,10 +337,8 @@ impl Sealer {
     /// reason to ask again.
     fn heard<T>(&self, crk: &Crk, answer: Result<T, provider::Error>) -> Result<T, SealerError> {
         let answer = self.learn(crk, answer);
-        let keys = self.keys();
-        let contradicts = keys.ready().is_ok() != answer.is_ok();
-        if contradicts && keys.wants(&crk.name) && !matches!(answer, Err(SealerError::NotAuthentic))
-        {
+        let about_crk = !matches!(answer, Err(SealerError::NotAuthentic));
+        if about_crk && self.keys().contradicts(&crk.name, answer.is_ok()) {
             self.probe_wanted.notify_one();
         }
         answer
@@ -312,7 +357,7 @@ impl Sealer {
 
     fn log_sealed(&self, sealing: &Sealing, call: &Call) {
         let Sealing { key_id, kp_version, wdek, .. } = sealing;
-        tracing::info!(target: VALUES, uid = call.uid, %key_id, kp_version, wdek = %Shown(wdek), "sealed");
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), %key_id, kp_version, wdek = %Shown(wdek), "sealed");
     }
 }
 
@@ -384,12 +429,6 @@ impl Sealer {
     }
 }
 
-impl CrkName {
-    fn of(key_id: &KeyId) -> CrkName {
-        CrkName { instance: key_id.instance().into(), crk: key_id.crk().into() }
-    }
-}
-
 impl From<NotAdopted> for SealerError {
     fn from(error: NotAdopted) -> SealerError {
         let text = match error {
@@ -404,8 +443,12 @@ impl From<NotAdopted> for SealerError {
 
 /// Bytes that this plug-in never made. The caller learns no more than from any other value that does not open: where
 /// a change was noticed would tell a forger how far it came.
-fn foreign(error: FormatError) -> SealerError {
-    tracing::debug!("Not a value of this plug-in: {error}.");
+fn foreign(error: &FormatError, call: &Call) -> SealerError {
+    tracing::debug!(
+        uid = call.uid,
+        trace_id = call.trace_id(),
+        "Not a value of this plug-in: {error}."
+    );
     SealerError::NotAuthentic
 }
 

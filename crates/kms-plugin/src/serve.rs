@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kms_core::clock::{Clock, SystemClock};
+use kms_core::crypto_module::CryptoModule;
 use kms_daemon::admin::{self, Routes};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
 use kms_daemon::manager::Manager;
@@ -84,9 +85,9 @@ pub fn run(source: Source) -> Result<(), Failure> {
     runtime.block_on(async {
         let plugin = Plugin::assemble(source, config, log, clock)?;
         watch_signals(plugin.shutdown.clone(), plugin.reload.clone())?;
-        plugin.name_overridden();
+        plugin.remark();
         if let Err(cause) = locked {
-            tracing::warn!("Keys may be swapped out, because memory cannot be locked: {cause}");
+            cause.warn();
         }
         plugin.serve(Place { inherited, manager }).await;
         Ok(())
@@ -121,7 +122,11 @@ impl Plugin {
         Ok(Plugin { source, config, sealer, rings, tools, registry, log, shutdown, reload })
     }
 
-    fn name_overridden(&self) {
+    fn remark(&self) {
+        tracing::info!("Cryptography is done by {}.", CryptoModule::linked());
+        if let Some(doubt) = self.config.doubt() {
+            tracing::warn!("{doubt}");
+        }
         let names = self.config.overridden.join(", ");
         if !names.is_empty() {
             tracing::info!("Taken from the environment instead of the file: {names}");
@@ -180,8 +185,12 @@ fn take_over(
     rings: &RingMaker,
     log: &telemetry::Handle,
 ) -> Result<(), Mistakes> {
-    sealer.install(rings.ring(new)?, new.server.policy);
+    let installed = sealer.install(rings.ring(new)?, new.server.policy);
+    installed.map_err(|error| Mistakes(vec![error.to_string()]))?;
     log.change(new.logger);
+    if let Some(doubt) = new.doubt() {
+        tracing::warn!("{doubt}");
+    }
     let waiting = old.needing_restart(new);
     if !waiting.is_empty() {
         tracing::warn!("Changed, but in effect only after a restart: {}", waiting.join(", "));

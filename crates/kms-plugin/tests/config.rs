@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kms_api::token::ApiKeySource;
+use kms_core::crypto_module::CryptoModule;
 use kms_daemon::lifecycle::Shutdown;
 use kms_daemon::settings::{Environment, Mistakes};
 use kms_daemon::telemetry::{self, LogLevel};
@@ -291,6 +292,13 @@ fn previous_entries_have_the_same_shape_and_a_version_of_their_own() {
     // The environment speaks of the current entry only.
     assert_eq!(read(&text, [("CRK_ID", "new")]).unwrap().previous[0].crk_id, "old");
 
+    let doubt = config.doubt().unwrap();
+    assert!(
+        doubt.starts_with("KP_CONFIG has VERSION 1, KP_CONFIG_PREVIOUS has VERSION 2: right if")
+    );
+    let third = text.replacen("VERSION: 1", "VERSION: 3", 1);
+    assert_eq!(read(&third, []).unwrap().doubt(), None);
+
     let same =
         format!("{}KP_CONFIG_PREVIOUS:\n{}", original(), entry.replace("VERSION: 2", "VERSION: 1"));
     assert!(
@@ -323,11 +331,14 @@ fn the_api_key_stands_in_the_file_or_in_a_file_of_its_own() {
     let gone = original().replace("API_KEY: \"an-api-key\"", "API_KEY_FILE: \"/nowhere/key\"");
     assert!(
         mistakes(&gone)[0]
-            .starts_with("SERVER_CONFIG.API_KEY_FILE names a file that cannot be read")
+            .starts_with("SERVER_CONFIG.API_KEY_FILE names a file that cannot be used")
     );
     fs::write(&key.path, " \n").unwrap();
     let empty = original().replace("API_KEY: \"an-api-key\"", &name);
-    assert_eq!(mistakes(&empty), ["SERVER_CONFIG.API_KEY_FILE names an empty file"]);
+    assert_eq!(
+        mistakes(&empty),
+        ["SERVER_CONFIG.API_KEY_FILE names a file that cannot be used: it is empty"]
+    );
 }
 
 #[test]
@@ -363,6 +374,10 @@ fn hypershift_s_environment_is_a_configuration() {
     assert_eq!((config.previous[0].version, &*config.previous[0].crk_id), (1, "old"));
     assert_eq!(config.server.token_url, "https://iam.cloud.ibm.com/identity/token");
     assert_eq!(config.server.patience.timeout, Some(Duration::from_secs(10)));
+    assert!(config.server.socket.shared_directory, "the socket is in the pod's emptyDir");
+    let stricter = [("ALLOW_SHARED_DIRECTORY".to_owned(), "false".to_owned())];
+    let stricter = variables.clone().into_iter().chain(stricter).collect();
+    assert!(!Source::new(None, stricter).read().unwrap().server.socket.shared_directory);
 
     for (data, says) in [
         ("{", "KP_DATA_JSON does not fit"),
@@ -375,6 +390,26 @@ fn hypershift_s_environment_is_a_configuration() {
         let mistakes = Source::new(None, variables).read().unwrap_err();
         assert!(mistakes.to_string().contains(says), "{mistakes}");
     }
+
+    let fips = [("FIPS_REQUIRED".to_owned(), "true".to_owned())];
+    let variables = variables.into_iter().chain(fips).collect();
+    is_refused_without_the_fips_module(Source::new(None, variables).read());
+}
+
+#[test]
+fn the_fips_module_can_be_required_in_the_file_or_in_the_environment() {
+    let original = original();
+    let required = original.replace("NEW_DEK: false", "FIPS_REQUIRED: true");
+    is_refused_without_the_fips_module(read(&required, []));
+    is_refused_without_the_fips_module(read(&original, [("FIPS_REQUIRED", "true")]));
+    read(&required, [("FIPS_REQUIRED", "false")]).unwrap();
+}
+
+fn is_refused_without_the_fips_module(read: Result<Config, Mistakes>) {
+    let refused = CryptoModule::linked().require_fips().err();
+    let mistakes = read.err().map(|Mistakes(mistakes)| mistakes).unwrap_or_default();
+    let expected = refused.map(|why| format!("SERVER_CONFIG.FIPS_REQUIRED is true, but {why}"));
+    assert_eq!(mistakes, Vec::from_iter(expected));
 }
 
 #[test]
@@ -485,4 +520,22 @@ async fn sighup_reads_the_file_at_once() {
         assert_eq!(*seen.lock().unwrap(), ["IBMCloudPakForMCM"]);
     })
     .await;
+}
+
+/// Both are part of each key_id; 1024 bytes is all that kube-apiserver takes.
+#[test]
+fn case_12_names_that_make_too_long_a_key_id_are_refused_at_the_start() {
+    for (crk, instance, accepted) in
+        [(36, 36, true), (450, 450, true), (500, 500, false), (2000, 1, false)]
+    {
+        let text = least()
+            .replace("CRK_ID: \"c\"", &format!("CRK_ID: \"{}\"", "c".repeat(crk)))
+            .replace("INSTANCE_ID: \"i\"", &format!("INSTANCE_ID: \"{}\"", "i".repeat(instance)));
+        let found = read(&text, []).err().map(|Mistakes(found)| found).unwrap_or_default();
+        assert_eq!(found.is_empty(), accepted, "{crk} and {instance}: {found:?}");
+        assert!(
+            accepted || found[0].starts_with("KP_CONFIG.CRK_ID is too long together"),
+            "{found:?}"
+        );
+    }
 }

@@ -47,6 +47,37 @@ fn the_board_shows_everything_that_is_published() {
     }
 }
 
+/// What Grafana would show wrongly without a word.
+#[test]
+fn the_board_is_whole() {
+    let board: Value = serde_json::from_str(&read("grafana-dashboard.json")).unwrap();
+    let variables = board["templating"]["list"].as_array().unwrap();
+    let variables: BTreeSet<_> =
+        variables.iter().map(|one| one["name"].as_str().unwrap()).collect();
+    assert_eq!(variables, BTreeSet::from(["datasource", "instance"]));
+    let (mut ids, mut cells) = (BTreeSet::new(), BTreeSet::new());
+    for panel in board["panels"].as_array().unwrap() {
+        assert!(ids.insert(panel["id"].as_u64().unwrap()), "a second panel with this id: {panel}");
+        let [x, y, w, h] =
+            ["x", "y", "w", "h"].map(|side| panel["gridPos"][side].as_u64().unwrap());
+        assert!(w > 0 && h > 0 && x + w <= 24, "{panel}");
+        for cell in (x..x + w).flat_map(|x| (y..y + h).map(move |y| (x, y))) {
+            assert!(cells.insert(cell), "it covers another panel: {panel}");
+        }
+        let targets = panel["targets"].as_array().cloned().unwrap_or_default();
+        assert_eq!(targets.is_empty(), panel["type"] == "row", "{panel}");
+        let names: BTreeSet<_> = targets.iter().map(|target| target["refId"].to_string()).collect();
+        assert_eq!(names.len(), targets.len(), "{panel}");
+        for target in &targets {
+            assert_eq!(target["datasource"]["uid"], "${datasource}", "{target}");
+            for used in target["expr"].as_str().unwrap().split('$').skip(1) {
+                let used: String = used.chars().take_while(is_name).collect();
+                assert!(["instance", "__rate_interval"].contains(&&*used), "{used} in {target}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_alert_says_how_bad_it_is_and_what_it_means() {
     for rule in rules() {
@@ -62,7 +93,7 @@ fn every_alert_says_how_bad_it_is_and_what_it_means() {
 fn published() -> Samples {
     let mut registry = Registry::default();
     let metrics = Metrics::register(&mut registry, "eu");
-    metrics.request("v2", "Encrypt", "OK", Duration::from_millis(1));
+    metrics.requests("v2", "Encrypt").answered("OK", Duration::from_millis(1));
     metrics.provider_call("wrap", "ok", Duration::from_millis(1));
     metrics.open("hit");
     metrics.v1_unauthenticated();

@@ -1,10 +1,14 @@
 //! What every operation works with.
 
 use crate::audit::Audit;
+use crate::gate::Gates;
 use crate::health::Health;
+use crate::issuers::Issuers;
+use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::token::Issuer;
+use crate::uses::Uses;
 use kms_core::clock::Clock;
 use kms_core::wdek::WdekVersion;
 use kms_hsm::Vault;
@@ -18,8 +22,13 @@ pub struct App {
     pub store: Arc<dyn Store>,
     pub audit: Audit,
     pub issuer: Issuer,
+    /// Others, whose tokens are traded for ours.
+    pub issuers: Issuers,
     pub clock: Arc<dyn Clock>,
     pub settings: Settings,
+    pub uses: Uses,
+    pub gates: Gates,
+    pub limits: Limits,
     pub metrics: Metrics,
     pub health: Health,
 }

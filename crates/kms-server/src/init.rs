@@ -3,18 +3,21 @@
 //! It never changes what is there. Where there is a token, it is used as it is; where there is a database with
 //! anything in it, nothing is done.
 
+use crate::audit::node::{self, NodeError};
 use crate::audit::{Audit, AuditError, Outcome, Record};
-use crate::config::{Config, Hsm, read_secret};
+use crate::config::{Config, Hsm};
 use crate::ops::api_keys::random_api_key;
 use crate::ops::issue_token::hash;
 use crate::policy::{Grant, Role, Scope};
 use crate::store::{
     ApiKey, ApiKeyHash, FirstContent, Instance, ServiceId, SigningKey, SqliteStore, Store,
-    StoreError,
+    StoreError, Trail,
 };
 use crate::token::random_uuid;
 use kms_core::clock::Clock;
 use kms_core::secret::SecretText;
+use kms_core::wdek::WdekVersion;
+use kms_daemon::settings::read_secret;
 use kms_hsm::pkcs11::{self, Pkcs11Vault, TokenChoice};
 use kms_hsm::{Vault, VaultError};
 use serde_json::json;
@@ -51,6 +54,8 @@ pub enum InitError {
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error(transparent)]
     Audit(#[from] AuditError),
 }
 
@@ -61,10 +66,13 @@ pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitEr
     if store.signing_key().await?.is_some() {
         return Err(InitError::Done { database: config.server.database.display().to_string() });
     }
-    let audit = Audit::open(&config.server.audit_file, clock.clone())?;
+    let node = node::name(config.server.node_id.as_deref(), &config.server.audit_file)?;
+    let audit = Audit::open(&config.server.audit_file, &node, None, clock.clone())?;
     make_token_where_asked(&config.hsm)?;
-    let vault = open_vault(&config.hsm)?;
+    let vault = open_vault(&config.hsm, config.operations.wdek_version)?;
     let made = fill(&store, &vault, &audit, clock.wall().into()).await;
+    // From here on nobody can take the log away and have a new one begun.
+    store.keep_audit_head(&node, audit.head()).await?;
     store.close().await;
     made
 }
@@ -73,15 +81,22 @@ pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitEr
 ///
 /// # Errors
 /// Library or PIN cannot be used.
-pub fn open_vault(hsm: &Hsm) -> Result<Pkcs11Vault, VaultError> {
-    Pkcs11Vault::open(pkcs11::Settings {
+pub fn open_vault(hsm: &Hsm, wdek_version: WdekVersion) -> Result<Pkcs11Vault, VaultError> {
+    Pkcs11Vault::open(vault_settings(hsm, wdek_version))
+}
+
+/// What the configuration says about the vault.
+#[must_use]
+pub fn vault_settings(hsm: &Hsm, wdek_version: WdekVersion) -> pkcs11::Settings {
+    pkcs11::Settings {
         library: hsm.library.clone(),
-        token: TokenChoice::Label(hsm.token_label.clone()),
-        pin: hsm.pin.clone(),
+        token: hsm.token.clone(),
+        pin: hsm.pin.clone().into(),
         sessions: hsm.sessions,
         queue: hsm.queue,
         deadline: hsm.deadline,
-    })
+        gcm: (wdek_version == WdekVersion::V4_0_0).then_some(hsm.iv_mode),
+    }
 }
 
 /// Puts the first content into an empty `store`.
@@ -152,20 +167,9 @@ async fn identity(
     grant: Grant,
     now: OffsetDateTime,
 ) -> Result<(Rows, Identity), VaultError> {
-    let service_id = ServiceId {
-        id: random_uuid(vault).await?,
-        name: name.into(),
-        description: None,
-        grant,
-        created_at: now,
-    };
+    let service_id = ServiceId::with(random_uuid(vault).await?, name.into(), grant, now);
     let api_key = random_api_key(vault).await?;
-    let named = ApiKey {
-        id: random_uuid(vault).await?,
-        service_id: service_id.id,
-        name: name.into(),
-        created_at: now,
-    };
+    let named = ApiKey::new(random_uuid(vault).await?, service_id.id, name.into(), now);
     let identity = Identity { service_id: service_id.id, api_key };
     let hash = hash(&identity.api_key);
     Ok(((service_id, named, hash), identity))
@@ -174,9 +178,12 @@ async fn identity(
 /// With an SO PIN at hand a missing token is made. One that is there is never initialised again.
 fn make_token_where_asked(hsm: &Hsm) -> Result<(), InitError> {
     let Some(path) = &hsm.so_pin_file else { return Ok(()) };
-    let so_pin = read_secret(path)
+    let mut so_pin = read_secret(path)
         .map_err(|cause| InitError::SoPin { path: path.display().to_string(), cause })?;
-    match pkcs11::init_token(&hsm.library, &hsm.token_label, &so_pin, &hsm.pin) {
+    let so_pin = SecretText::new(std::mem::take(&mut *so_pin));
+    // One that is named by serial or slot is there already.
+    let TokenChoice::Label(label) = &hsm.token else { return Ok(()) };
+    match pkcs11::init_token(&hsm.library, label, &so_pin, &hsm.pin) {
         Ok(token) => {
             tracing::info!("Made {token}.");
             Ok(())

@@ -6,15 +6,27 @@
 
 pub mod app;
 pub mod audit;
+pub mod backup;
+pub mod certificate;
 pub mod config;
+pub mod gate;
+pub mod guard;
 pub mod health;
+pub mod hsm;
+pub mod hsm_metrics;
 pub mod http;
 pub mod init;
+pub mod issuers;
+pub mod limits;
+pub mod listen;
 pub mod metrics;
 pub mod ops;
 pub mod policy;
 pub mod reconcile;
+pub mod report;
+pub mod restore;
 pub mod serve;
 pub mod store;
 pub mod tls;
 pub mod token;
+pub mod uses;

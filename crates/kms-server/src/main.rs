@@ -2,21 +2,32 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 use kms_core::clock::{Clock, SystemClock};
+use kms_core::crypto_module::{self, CryptoModule};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
 use kms_daemon::memory;
 use kms_daemon::telemetry;
 use kms_hsm::Vault;
 use kms_server::app::App;
-use kms_server::audit::Audit;
+use kms_server::audit::{Audit, node};
+use kms_server::backup::{backup, manifest_of};
 use kms_server::config::Config;
+use kms_server::gate::Gates;
+use kms_server::guard::Guarded;
 use kms_server::health::Health;
+use kms_server::hsm;
+use kms_server::init;
+use kms_server::issuers::Issuers;
+use kms_server::limits::Limits;
 use kms_server::metrics::Metrics;
+use kms_server::reconcile::{Comparison, compare};
 use kms_server::serve::{self, Listeners};
 use kms_server::store::{SigningKey, SqliteStore, Store};
+use kms_server::tls::Tls;
 use kms_server::token::Issuer;
-use kms_server::{init, tls};
+use kms_server::uses::Uses;
+use kms_server::{report, restore};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::net::TcpListener;
@@ -24,7 +35,7 @@ use tokio::sync::Notify;
 
 /// The key management service of Keelson.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(version = crypto_module::VERSION.as_str())]
 struct Cli {
     /// The configuration file.
     #[arg(long, global = true, default_value = "/etc/kms-server/kms-server.yaml")]
@@ -44,6 +55,38 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Compare the HSM with the database, key by key; change nothing. Ends with 0: the same; 3: something is left over
+    /// that nothing uses; 4: keys are missing or are others; 1: they could not be compared.
+    Check {
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Copy the database while the server runs, with a manifest beside the copy.
+    Backup {
+        /// The file to make; nothing is overwritten.
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+    },
+    /// Compare a backup with the HSM, key by key, and put it where DATABASE_URL says. Ends as `check` does.
+    Restore {
+        /// A backup.
+        #[arg(long, value_name = "FILE")]
+        from: PathBuf,
+        /// Only compare.
+        #[arg(long)]
+        check: bool,
+        /// How to print it.
+        #[arg(short, long, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// The process that has the HSM's library in it. The service starts it itself.
+    #[command(name = hsm::WORKER, hide = true)]
+    HsmWorker {
+        log_level: String,
+        #[arg(action = clap::ArgAction::Set)]
+        log_all_values: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -54,16 +97,16 @@ enum Output {
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match &cli.command {
-        _ if cli.check_config => check(&cli),
-        Some(Command::Init { output }) => initialise(&cli, *output).await,
-        None => serve(&cli).await,
+        Some(Command::HsmWorker { log_level, log_all_values }) => {
+            hsm::work(log_level, *log_all_values).map(|()| ExitCode::SUCCESS).map_err(Failure::from)
+        }
+        _ => run(&cli),
     };
     match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(failure) => {
             eprintln!("kms-server: {failure}");
             ExitCode::FAILURE
@@ -71,9 +114,24 @@ async fn main() -> ExitCode {
     }
 }
 
-fn check(cli: &Cli) -> Result<(), Failure> {
+#[tokio::main]
+async fn run(cli: &Cli) -> Result<ExitCode, Failure> {
+    match &cli.command {
+        _ if cli.check_config => check_config(cli)?,
+        Some(Command::Init { output }) => initialise(cli, *output).await?,
+        Some(Command::Check { output }) => return check(cli, *output).await,
+        Some(Command::Backup { to }) => back_up(cli, to).await?,
+        Some(Command::Restore { from, check, output }) => {
+            return restore(cli, from, *check, *output).await;
+        }
+        _ => serve(cli).await?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn check_config(cli: &Cli) -> Result<(), Failure> {
     let config = Config::load(&cli.config)?;
-    tls::acceptor(&config.server.tls_cert_file, &config.server.tls_key_file)?;
+    Tls::open(config.server.tls)?;
     println!("{} is good.", cli.config.display());
     Ok(())
 }
@@ -89,16 +147,54 @@ async fn initialise(cli: &Cli, output: Output) -> Result<(), Failure> {
     Ok(())
 }
 
+async fn check(cli: &Cli, output: Output) -> Result<ExitCode, Failure> {
+    let config = Config::load(&cli.config)?;
+    clock(&config)?;
+    let store = SqliteStore::open_to_read(&config.server.database).await?;
+    let vault = hsm::open(&config)?;
+    let found = compare(&*vault, &store).await?;
+    Ok(show(&found, output))
+}
+
+async fn back_up(cli: &Cli, to: &Path) -> Result<(), Failure> {
+    let config = Config::load(&cli.config)?;
+    let clock = clock(&config)?;
+    backup(&config.server.database, to, clock.wall().into()).await?;
+    println!("{} and {} are written.", to.display(), manifest_of(to).display());
+    Ok(())
+}
+
+async fn restore(cli: &Cli, from: &Path, check: bool, output: Output) -> Result<ExitCode, Failure> {
+    let config = Config::load(&cli.config)?;
+    clock(&config)?;
+    let vault = hsm::open(&config)?;
+    let found = restore::restore(&*vault, from, &config.server.database, check).await?;
+    if !check && found.verdict().is_ok() {
+        eprintln!("{} is restored.", config.server.database.display());
+    }
+    Ok(show(&found, output))
+}
+
+fn show(found: &Comparison, output: Output) -> ExitCode {
+    match output {
+        Output::Text => print!("{}", report::text(found)),
+        Output::Json => println!("{}", report::json(found)),
+    }
+    ExitCode::from(report::ending(found).code())
+}
+
 async fn serve(cli: &Cli) -> Result<(), Failure> {
     let config = Config::load(&cli.config)?;
     let clock = clock(&config)?;
+    tracing::info!("Cryptography is done by {}.", CryptoModule::linked());
     if let Err(cause) = memory::protect() {
-        tracing::warn!("Keys may be swapped out, because memory cannot be locked: {cause}");
+        cause.warn();
     }
-    let tls = tls::acceptor(&config.server.tls_cert_file, &config.server.tls_key_file)?;
+    let tls = Tls::open(config.server.tls.clone())?;
     let (store, signing_key) = store(&config).await?;
-    let vault: Arc<dyn Vault> = Arc::new(init::open_vault(&config.hsm)?);
-    let app = Arc::new(assemble(&config, clock, store, vault, signing_key)?);
+    let vault = Arc::new(Guarded::new(hsm::open(&config)?, store.clone()));
+    let audit = audit(&config, &*store, clock.clone()).await?;
+    let app = Arc::new(assemble(&config, clock, store, vault, signing_key, audit)?);
     let listeners = bind(&config).await?;
     let shutdown = Shutdown::new();
     watch_signals(shutdown.clone(), Arc::new(Notify::new()))?;
@@ -118,6 +214,18 @@ async fn store(config: &Config) -> Result<(Arc<dyn Store>, SigningKey), Failure>
     Ok((Arc::new(store), signing_key))
 }
 
+/// The log, going on from where the database knows it to have been.
+async fn audit(
+    config: &Config,
+    store: &dyn Store,
+    clock: Arc<dyn Clock>,
+) -> Result<Audit, Failure> {
+    let file = &config.server.audit_file;
+    let node = node::name(config.server.node_id.as_deref(), file)?;
+    let known = store.audit_head(&node).await?;
+    Ok(Audit::open(file, &node, known, clock)?)
+}
+
 /// Starts the log as well: nothing may be logged before its settings are known.
 fn clock(config: &Config) -> Result<Arc<dyn Clock>, Failure> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
@@ -132,6 +240,7 @@ fn assemble(
     store: Arc<dyn Store>,
     vault: Arc<dyn Vault>,
     signing_key: SigningKey,
+    audit: Audit,
 ) -> Result<App, Failure> {
     let issuer = Issuer::new(
         config.server.issuer_url.clone(),
@@ -139,15 +248,24 @@ fn assemble(
         signing_key,
         clock.clone(),
     );
+    let issuers = Issuers::new(config.issuers.clone(), clock.clone())?;
     Ok(App {
+        gates: Gates::new(),
         vault,
         store,
-        audit: Audit::open(&config.server.audit_file, clock.clone())?,
+        audit,
         issuer,
+        issuers,
+        limits: Limits::new(config.server.limits, clock.clone()),
         clock,
         settings: config.operations,
-        metrics: Metrics::new(),
+        metrics: {
+            let metrics = Metrics::new();
+            metrics.capacity(config.hsm.key_capacity);
+            metrics
+        },
         health: Health::unknown(),
+        uses: Uses::default(),
     })
 }
 

@@ -2,58 +2,59 @@
 //!
 //! Roles mean here what they mean in the service whose API this is. No other file compares a role with anything.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use uuid::Uuid;
 
-/// Everything that can be asked of this server with a token. Each has its own line in [`permits`], so that a new one
-/// cannot borrow the permission of another by accident.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Action {
-    CountKeys,
-    ListKeys,
-    CreateKey,
-    ImportKey,
-    ReadKey,
-    ReadMetadata,
-    ListVersions,
-    Wrap,
-    Unwrap,
-    RotateKey,
-    DeleteKey,
-    ListInstances,
-    CreateInstance,
-    ListServiceIds,
-    CreateServiceId,
-    ListApiKeys,
-    CreateApiKey,
-    DeleteApiKey,
+macro_rules! actions {
+    ($($action:ident = $name:literal,)*) => {
+        /// Everything that can be asked of this server with a token. Each has its own line in [`permits`], so that a
+        /// new one cannot borrow the permission of another by accident.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Action { $($action,)* }
+
+        impl Action {
+            pub const ALL: &[Action] = &[$(Action::$action,)*];
+
+            /// The name in audit records, metrics and logs.
+            #[must_use]
+            pub fn name(self) -> &'static str {
+                match self { $(Action::$action => $name,)* }
+            }
+        }
+    };
 }
 
-impl Action {
-    /// The name in audit records, metrics and logs.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Action::CountKeys => "count_keys",
-            Action::ListKeys => "list_keys",
-            Action::CreateKey => "create_key",
-            Action::ImportKey => "import_key",
-            Action::ReadKey => "read_key",
-            Action::ReadMetadata => "read_metadata",
-            Action::ListVersions => "list_versions",
-            Action::Wrap => "wrap",
-            Action::Unwrap => "unwrap",
-            Action::RotateKey => "rotate_key",
-            Action::DeleteKey => "delete_key",
-            Action::ListInstances => "list_instances",
-            Action::CreateInstance => "create_instance",
-            Action::ListServiceIds => "list_service_ids",
-            Action::CreateServiceId => "create_service_id",
-            Action::ListApiKeys => "list_api_keys",
-            Action::CreateApiKey => "create_api_key",
-            Action::DeleteApiKey => "delete_api_key",
-        }
-    }
+actions! {
+    CountKeys = "count_keys",
+    ListKeys = "list_keys",
+    CreateKey = "create_key",
+    ImportKey = "import_key",
+    ReadKey = "read_key",
+    ReadMetadata = "read_metadata",
+    ListVersions = "list_versions",
+    Wrap = "wrap",
+    Unwrap = "unwrap",
+    RotateKey = "rotate_key",
+    DisableKey = "disable_key",
+    EnableKey = "enable_key",
+    DeleteKey = "delete_key",
+    ListInstances = "list_instances",
+    CreateInstance = "create_instance",
+    ListServiceIds = "list_service_ids",
+    CreateServiceId = "create_service_id",
+    ListPolicies = "list_policies",
+    CreatePolicy = "create_policy",
+    DeletePolicy = "delete_policy",
+    ListProfiles = "list_profiles",
+    CreateProfile = "create_profile",
+    DeleteProfile = "delete_profile",
+    ListApiKeys = "list_api_keys",
+    CreateApiKey = "create_api_key",
+    LockApiKey = "lock_api_key",
+    UnlockApiKey = "unlock_api_key",
+    RotateApiKey = "rotate_api_key",
+    DeleteApiKey = "delete_api_key",
 }
 
 /// The roles of the cloud service, and those of the on-premises product.
@@ -133,13 +134,24 @@ pub fn permits(role: Role, action: Action) -> bool {
             administrators || matches!(role, Writer | Manager | Editor)
         }
         Action::RotateKey => administrators || matches!(role, Writer | Manager),
-        Action::DeleteKey => administrators || matches!(role, Manager),
+        Action::DisableKey | Action::EnableKey | Action::DeleteKey => {
+            administrators || matches!(role, Manager)
+        }
         Action::ListInstances
         | Action::CreateInstance
         | Action::ListServiceIds
         | Action::CreateServiceId
+        | Action::ListPolicies
+        | Action::CreatePolicy
+        | Action::DeletePolicy
+        | Action::ListProfiles
+        | Action::CreateProfile
+        | Action::DeleteProfile
         | Action::ListApiKeys
         | Action::CreateApiKey
+        | Action::LockApiKey
+        | Action::UnlockApiKey
+        | Action::RotateApiKey
         | Action::DeleteApiKey => administrators,
     }
 }
@@ -147,6 +159,11 @@ pub fn permits(role: Role, action: Action) -> bool {
 /// Where something is done or allowed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
+    /// One key of one instance.
+    Key {
+        instance: Uuid,
+        key: Uuid,
+    },
     Instance(Uuid),
     /// Every instance, including those to come.
     Everywhere,
@@ -161,15 +178,27 @@ impl Scope {
     #[must_use]
     pub fn instance(self) -> Option<Uuid> {
         match self {
-            Scope::Instance(id) => Some(id),
+            Scope::Key { instance, .. } | Scope::Instance(instance) => Some(instance),
             Scope::Everywhere => None,
+        }
+    }
+
+    #[must_use]
+    pub fn key(self) -> Option<Uuid> {
+        match self {
+            Scope::Key { key, .. } => Some(key),
+            Scope::Instance(_) | Scope::Everywhere => None,
         }
     }
 
     /// True when a right in `self` is a right in `other`.
     #[must_use]
     pub fn covers(self, other: Scope) -> bool {
-        self == Scope::Everywhere || self == other
+        match self {
+            Scope::Everywhere => true,
+            Scope::Instance(_) => self.instance() == other.instance(),
+            Scope::Key { .. } => self == other,
+        }
     }
 }
 
@@ -180,37 +209,113 @@ pub struct Grant {
     pub scope: Scope,
 }
 
-/// Who asks: a service ID, through one of its API keys.
+/// What proved who asks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Credential {
+    ApiKey(ApiKeySecret),
+    /// A trusted profile, by a token of somebody else's issuer.
+    Profile(Uuid),
+}
+
+/// One of the secrets that an API key has had: 1 is its first generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ApiKeySecret {
+    pub api_key: Uuid,
+    pub generation: u32,
+}
+
+/// Who asks: a service ID with all that was granted to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
     pub service_id: Uuid,
-    pub api_key: Uuid,
-    pub grant: Grant,
+    pub credential: Credential,
+    pub grants: Vec<Grant>,
 }
 
 impl Caller {
     /// The name in tokens, in `createdBy` and in audit records.
     #[must_use]
     pub fn iam_id(&self) -> String {
-        iam_id(self.service_id)
+        match self.credential {
+            Credential::ApiKey(_) => iam_id(self.service_id),
+            Credential::Profile(profile) => format!("{PROFILE_PREFIX}{profile}"),
+        }
+    }
+
+    #[must_use]
+    pub fn api_key(&self) -> Option<Uuid> {
+        match self.credential {
+            Credential::ApiKey(secret) => Some(secret.api_key),
+            Credential::Profile(_) => None,
+        }
     }
 }
+
+/// What a service ID is called in tokens: this, and its UUID.
+pub const SERVICE_ID_PREFIX: &str = "iam-ServiceId-";
+/// The same for a trusted profile.
+pub const PROFILE_PREFIX: &str = "iam-Profile-";
 
 /// `iam-ServiceId-<uuid>`.
 #[must_use]
 pub fn iam_id(service_id: Uuid) -> String {
-    format!("iam-ServiceId-{service_id}")
+    format!("{SERVICE_ID_PREFIX}{service_id}")
 }
 
 /// Lets `caller` do `action` in `scope`.
 ///
 /// # Errors
-/// [`Denied`], the same whether the instance exists or not.
+/// [`Denied`], the same whether what the scope names exists or not.
 pub fn allow(caller: &Caller, action: Action, scope: Scope) -> Result<(), Denied> {
-    if permits(caller.grant.role, action) && caller.grant.scope.covers(scope) {
-        return Ok(());
+    let allows = |grant: &Grant| permits(grant.role, action) && grant.scope.covers(scope);
+    if caller.grants.iter().any(allows) { Ok(()) } else { Err(Denied { action }) }
+}
+
+/// Lets `caller` do `action` in some place or other; which ones, [`allow`] must be asked for each.
+///
+/// # Errors
+/// [`Denied`].
+pub fn allow_somewhere(caller: &Caller, action: Action) -> Result<(), Denied> {
+    let allows = |grant: &Grant| permits(grant.role, action);
+    if caller.grants.iter().any(allows) { Ok(()) } else { Err(Denied { action }) }
+}
+
+/// Whether `caller` may know that this instance or key exists: some role of theirs holds there, whatever it permits.
+/// Who has a role for one key of an instance may know of the instance.
+#[must_use]
+pub fn sees(caller: &Caller, scope: Scope) -> bool {
+    let at_or_in = |grant: &Grant| grant.scope.covers(scope) || scope.covers(grant.scope);
+    caller.grants.iter().any(at_or_in)
+}
+
+/// The keys of an instance that something may be done with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reach {
+    All,
+    /// These, if they exist.
+    Only(BTreeSet<Uuid>),
+}
+
+/// Which keys of `instance` the caller may do `action` with.
+///
+/// # Errors
+/// [`Denied`] when no grant permits it for any key there.
+pub fn reach(caller: &Caller, action: Action, instance: Uuid) -> Result<Reach, Denied> {
+    if allow(caller, action, Scope::Instance(instance)).is_ok() {
+        return Ok(Reach::All);
     }
-    Err(Denied { action })
+    let mine = caller.grants.iter().filter(|grant| permits(grant.role, action));
+    let here = mine.filter(|grant| grant.scope.instance() == Some(instance));
+    let keys: BTreeSet<Uuid> = here.filter_map(|grant| grant.scope.key()).collect();
+    if keys.is_empty() { Err(Denied { action }) } else { Ok(Reach::Only(keys)) }
+}
+
+/// Whether `caller` may do `action`, which concerns a service ID that lives in `home` and holds `grants`. Whoever can
+/// make a credential of a service ID can do all that it can, so nobody manages one that reaches further than they do.
+#[must_use]
+pub fn manages(caller: &Caller, action: Action, home: Scope, grants: &[Grant]) -> bool {
+    let scopes = grants.iter().map(|grant| grant.scope).chain([home]);
+    scopes.into_iter().all(|scope| allow(caller, action, scope).is_ok())
 }
 
 /// The caller has no right to do this here.
@@ -227,57 +332,4 @@ impl fmt::Display for Action {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn caller(role: Role, scope: Scope) -> Caller {
-        Caller {
-            service_id: Uuid::from_u128(1),
-            api_key: Uuid::from_u128(2),
-            grant: Grant { role, scope },
-        }
-    }
-
-    #[test]
-    fn a_right_in_one_instance_is_none_in_another_or_everywhere() {
-        let (mine, other) =
-            (Scope::Instance(Uuid::from_u128(7)), Scope::Instance(Uuid::from_u128(8)));
-        let caller = caller(Role::Administrator, mine);
-        assert_eq!(allow(&caller, Action::Wrap, mine), Ok(()));
-        assert!(allow(&caller, Action::Wrap, other).is_err());
-        assert!(allow(&caller, Action::CreateInstance, Scope::Everywhere).is_err());
-    }
-
-    #[test]
-    fn a_right_everywhere_is_a_right_in_each_instance() {
-        let caller = caller(Role::Viewer, Scope::Everywhere);
-        assert_eq!(allow(&caller, Action::Unwrap, Scope::Instance(Uuid::from_u128(9))), Ok(()));
-        assert!(allow(&caller, Action::DeleteKey, Scope::Instance(Uuid::from_u128(9))).is_err());
-    }
-
-    #[test]
-    fn the_on_premises_roles_are_steps_of_one_ladder() {
-        let ladder = [Role::Viewer, Role::Editor, Role::Administrator, Role::ClusterAdministrator];
-        let wanted = [
-            (Action::Wrap, [true, true, true, true]),
-            (Action::Unwrap, [true, true, true, true]),
-            (Action::ListKeys, [false, true, true, true]),
-            (Action::CreateKey, [false, true, true, true]),
-            (Action::RotateKey, [false, false, true, true]),
-            (Action::DeleteKey, [false, false, true, true]),
-            (Action::CreateServiceId, [false, false, true, true]),
-        ];
-        for (action, row) in wanted {
-            assert_eq!(ladder.map(|role| permits(role, action)), row, "{action}");
-        }
-    }
-
-    #[test]
-    fn role_names_are_read_back_and_nothing_else_is() {
-        for role in Role::ALL {
-            assert_eq!(Role::parse(role.name()), Some(role));
-        }
-        assert_eq!(Role::parse("manager"), None);
-        assert_eq!(Role::parse(""), None);
-    }
-}
+mod tests;

@@ -1,24 +1,52 @@
-//! Compares what the HSM holds with what the store knows, at start, and tells the operator. Nothing is repaired: what
-//! looks like a leftover may be the only copy of a key whose database was restored from an old backup.
+//! Compares what the HSM holds with what the store knows, key by key. Nothing is repaired and nothing is removed: what
+//! looks like a leftover may be the only copy of a key whose database was restored from an old backup, and a row whose
+//! key is missing is how the operator learns which key to restore.
 
 use crate::store::{KnownVersion, SigningKey, Store, StoreError};
-use kms_hsm::{Vault, VaultError};
+use kms_hsm::{CheckValue, Vault, VaultError};
 use std::collections::BTreeSet;
 use uuid::Uuid;
 
-/// One difference between HSM and store.
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Comparison {
+    /// The serial number of the token.
+    pub serial: Option<String>,
+    /// Of the token in which the versions were seen before.
+    pub seen_in: Option<String>,
+    pub versions: Vec<(KnownVersion, Standing)>,
+    pub signing_keys: Vec<SignerFound>,
+    /// What the HSM holds a part of only.
+    pub incomplete: Vec<Uuid>,
+    /// What the HSM holds and the store does not know.
+    pub unknown: Vec<Uuid>,
+}
+
+/// How it is with a version that the store knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Difference {
-    /// The store knows a version that the HSM does not hold: what it wrapped cannot be unwrapped.
-    Lost(KnownVersion),
-    /// The HSM holds a version whose making was not completed; nothing was wrapped with it.
-    Unfinished(KnownVersion),
-    /// The HSM holds a part of a version only.
-    Incomplete(Uuid),
-    /// The HSM holds a version that the store does not know.
-    Unknown(Uuid),
-    /// The HSM has another key pair for signing tokens than the store, or none.
-    SigningKey(Uuid),
+pub enum Standing {
+    /// The HSM holds the very key.
+    Good,
+    /// The HSM holds a key of this name, and nobody has kept yet by what to know it: this.
+    Unproven(CheckValue),
+    /// The HSM holds another key of this name: what the version wrapped cannot be unwrapped.
+    OtherKey,
+    /// The HSM does not hold it: what it wrapped cannot be unwrapped.
+    Lost,
+    /// Its making was interrupted, and the HSM holds it; nothing was wrapped with it.
+    Unfinished,
+    /// Its making was interrupted, or has just begun, and the HSM holds nothing of it.
+    NeverMade,
+}
+
+/// How it is with a key pair of this server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SignerFound {
+    pub id: Uuid,
+    /// What it signs.
+    pub signs: &'static str,
+    /// The HSM holds the very pair.
+    pub good: bool,
 }
 
 /// Why they could not be compared.
@@ -30,82 +58,136 @@ pub enum ReconcileError {
     Store(#[from] StoreError),
 }
 
-/// All differences, the worst first.
+/// Looks at every version and every key pair.
 ///
 /// # Errors
 /// HSM or store do not answer.
-pub async fn differences(
-    vault: &dyn Vault,
-    store: &dyn Store,
-) -> Result<Vec<Difference>, ReconcileError> {
-    let held: BTreeSet<Uuid> = vault.versions().await?.into_iter().collect();
-    let parts: BTreeSet<Uuid> = vault.incomplete().await?.into_iter().collect();
+pub async fn compare(vault: &dyn Vault, store: &dyn Store) -> Result<Comparison, ReconcileError> {
+    // The store first: what is made meanwhile shows as unknown, not as lost.
     let known = store.known_versions().await?;
+    let held: BTreeSet<Uuid> = vault.versions().await?.into_iter().collect();
+    let incomplete = vault.incomplete().await?;
     let ids: BTreeSet<Uuid> = known.iter().map(|one| one.version).collect();
-    let mut found: Vec<Difference> = known
-        .iter()
-        .filter(|one| !one.pending && !held.contains(&one.version))
-        .map(|one| Difference::Lost(*one))
-        .collect();
-    found.extend(other_signing_key(vault, store.signing_key().await?).await?);
-    found.extend(
-        known
-            .iter()
-            .filter(|one| one.pending && held.contains(&one.version))
-            .map(|one| Difference::Unfinished(*one)),
-    );
-    found.extend(held.difference(&ids).map(|id| Difference::Unknown(*id)));
-    found.extend(parts.iter().map(|id| Difference::Incomplete(*id)));
-    Ok(found)
-}
-
-/// Says each difference, key by key.
-pub fn report(found: &[Difference]) {
-    for one in found {
-        match one {
-            Difference::Lost(at) => tracing::error!(
-                "The HSM does not hold version {} of key {} in instance {}: what it wrapped cannot be unwrapped. \
-                 Restore the HSM's backup.",
-                at.version,
-                at.key,
-                at.instance
-            ),
-            Difference::SigningKey(id) => tracing::error!(
-                "The HSM does not hold the key {id} that signs tokens: no tokens can be issued. Restore the HSM's \
-                 backup."
-            ),
-            Difference::Unfinished(at) => tracing::warn!(
-                "The HSM holds version {} of key {} in instance {}, whose making was interrupted. Nothing was wrapped \
-                 with it; it is left where it is.",
-                at.version,
-                at.key,
-                at.instance
-            ),
-            Difference::Incomplete(id) => tracing::warn!(
-                "The HSM holds a part of version {id} only. It cannot be used; it is left where it is."
-            ),
-            Difference::Unknown(id) => tracing::warn!(
-                "The HSM holds version {id}, which this database does not know. If the database was restored from a \
-                 backup, it may be needed; it is left where it is."
-            ),
+    let mut versions = Vec::with_capacity(known.len());
+    for one in known {
+        versions.push((one, standing(vault, &one, held.contains(&one.version)).await?));
+    }
+    let mut signing_keys = Vec::new();
+    for (signs, key) in
+        [("tokens", store.signing_key().await?), ("audit anchors", store.audit_key().await?)]
+    {
+        if let Some(key) = key {
+            let good = is_held(vault, &key).await?;
+            signing_keys.push(SignerFound { id: key.id, signs, good });
         }
     }
-    if found.is_empty() {
-        tracing::info!("HSM and database hold the same keys.");
+    Ok(Comparison {
+        serial: vault.serial(),
+        seen_in: store.token_serial().await?,
+        versions,
+        signing_keys,
+        incomplete,
+        unknown: held.difference(&ids).copied().collect(),
+    })
+}
+
+impl Comparison {
+    /// Whether this token may be served from at all.
+    ///
+    /// # Errors
+    /// It holds nothing of ours: it is empty, or another one. Says what to do.
+    pub fn verdict(&self) -> Result<(), String> {
+        let of = |wanted: fn(&Standing) -> bool| self.count(wanted);
+        let good = of(|one| matches!(one, Standing::Good | Standing::Unproven(_)));
+        let (lost, other) = (self.count(is_lost), self.count(is_other));
+        let signer = self.signing_keys.iter().all(|one| one.good);
+        if good > 0 || (lost + other == 0 && signer) {
+            return Ok(());
+        }
+        let token = self.serial.as_deref().unwrap_or("(unknown)");
+        let before = match &self.seen_in {
+            Some(serial) if self.serial.as_ref() != Some(serial) => {
+                format!(" They were last seen in token {serial}.")
+            }
+            _ => String::new(),
+        };
+        let what = match lost + other {
+            0 => "does not hold the keys that sign for this database".to_owned(),
+            all => format!(
+                "holds none of the {all} root key versions of this database ({lost} missing, {other} under another key)"
+            ),
+        };
+        Err(format!(
+            "token {token} {what}: it is empty or another one.{before} Name the right token, or restore the HSM's \
+             backup into this one; nothing was changed"
+        ))
     }
+
+    /// The versions that must not be used, whatever else is good.
+    #[must_use]
+    pub fn other_keys(&self) -> BTreeSet<Uuid> {
+        let other = self.versions.iter().filter(|(_, standing)| is_other(standing));
+        other.map(|(one, _)| one.version).collect()
+    }
+
+    /// Whether something was lost, or is not ours: somebody must restore the HSM's backup.
+    #[must_use]
+    pub fn is_bad(&self) -> bool {
+        self.count(is_lost) + self.count(is_other) > 0
+            || self.signing_keys.iter().any(|one| !one.good)
+    }
+
+    /// Whether there is something that nothing uses.
+    #[must_use]
+    pub fn has_leftovers(&self) -> bool {
+        let left = |one: &Standing| matches!(one, Standing::Unfinished | Standing::NeverMade);
+        !self.incomplete.is_empty() || !self.unknown.is_empty() || self.count(left) > 0
+    }
+
+    /// How many versions stand so.
+    #[must_use]
+    pub fn count(&self, wanted: fn(&Standing) -> bool) -> usize {
+        self.versions.iter().filter(|(_, standing)| wanted(standing)).count()
+    }
+}
+
+fn is_lost(standing: &Standing) -> bool {
+    *standing == Standing::Lost
+}
+
+fn is_other(standing: &Standing) -> bool {
+    *standing == Standing::OtherKey
+}
+
+async fn standing(
+    vault: &dyn Vault,
+    known: &KnownVersion,
+    held: bool,
+) -> Result<Standing, VaultError> {
+    match (known.pending, held) {
+        (true, true) => return Ok(Standing::Unfinished),
+        (true, false) => return Ok(Standing::NeverMade),
+        (false, false) => return Ok(Standing::Lost),
+        (false, true) => {}
+    }
+    let found = match vault.check_value(known.version).await {
+        Ok(found) => found,
+        // It was there a moment ago.
+        Err(VaultError::NotFound) => return Ok(Standing::Lost),
+        Err(other) => return Err(other),
+    };
+    Ok(match known.check_value {
+        None => Standing::Unproven(found),
+        Some(kept) if kept == found => Standing::Good,
+        Some(_) => Standing::OtherKey,
+    })
 }
 
 /// `sign` never makes a key, so it tells whether there is one without changing anything.
-async fn other_signing_key(
-    vault: &dyn Vault,
-    known: Option<SigningKey>,
-) -> Result<Option<Difference>, VaultError> {
-    let Some(known) = known else { return Ok(None) };
+async fn is_held(vault: &dyn Vault, known: &SigningKey) -> Result<bool, VaultError> {
     match vault.sign(known.id, b"kms-server start").await {
-        Ok(_) => {}
-        Err(VaultError::NotFound) => return Ok(Some(Difference::SigningKey(known.id))),
-        Err(other) => return Err(other),
+        Ok(_) => Ok(vault.signing_key(known.id).await? == known.public),
+        Err(VaultError::NotFound) => Ok(false),
+        Err(other) => Err(other),
     }
-    let same = vault.signing_key(known.id).await? == known.public;
-    Ok((!same).then_some(Difference::SigningKey(known.id)))
 }

@@ -3,7 +3,7 @@
 //! One issuer, one key, one algorithm. The private key is never in this process, and nothing that a token says about
 //! how to check it (`alg`, `kid`, `jku`, `jwk`, ...) is followed: its header must be ours, byte for byte.
 
-use crate::policy::{Caller, iam_id};
+use crate::policy::{ApiKeySecret, Caller, Credential, PROFILE_PREFIX, SERVICE_ID_PREFIX};
 use crate::store::SigningKey;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
@@ -43,11 +43,20 @@ pub struct Issued {
     pub expiration: u64,
 }
 
-/// What a genuine token says. Whether its API key still exists is for the store to say.
+/// What a genuine token says. Whether the credential that it was got with is still good is for the store to say.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Bearer {
-    pub service_id: Uuid,
-    pub api_key: Uuid,
+pub enum Bearer {
+    ServiceId { service_id: Uuid, secret: ApiKeySecret },
+    Profile(Uuid),
+}
+
+/// What a token is issued for.
+#[derive(Debug, Clone, Copy)]
+pub struct Terms {
+    /// The name of the grant that was asked for.
+    pub grant: &'static str,
+    /// Seconds since 1970 that the token must not outlive: it may come from another one that ends.
+    pub until: Option<u64>,
 }
 
 /// Not one of our tokens, or no longer. One answer for every reason.
@@ -79,12 +88,18 @@ impl Issuer {
     ///
     /// # Errors
     /// What the vault meets: every token needs it.
-    pub async fn issue(&self, vault: &dyn Vault, caller: &Caller) -> Result<Issued, VaultError> {
+    pub async fn issue(
+        &self,
+        vault: &dyn Vault,
+        caller: &Caller,
+        terms: Terms,
+    ) -> Result<Issued, VaultError> {
         let now = seconds(self.clock.wall());
-        let expires_in = u32::try_from(self.lifetime.as_secs()).unwrap_or(u32::MAX);
+        let left = terms.until.map_or(u64::MAX, |until| until.saturating_sub(now));
+        let expires_in = u32::try_from(self.lifetime.as_secs().min(left)).unwrap_or(u32::MAX);
         let expiration = now.saturating_add(u64::from(expires_in));
         let id = random_uuid(vault).await?;
-        let claims = Claims::new(&self.url, caller, id, now, expiration);
+        let claims = Claims::new(&self.url, caller, terms.grant, id, now, expiration);
         let claims =
             serde_json::to_vec(&claims).map_err(|e| VaultError::BadInput(e.to_string()))?;
         let signed = format!("{}.{}", self.header, BASE64URL.encode(claims));
@@ -154,7 +169,7 @@ fn validation(url: &str) -> Validation {
     validation
 }
 
-/// The members are those of the cloud service's tokens; `aud`, `nbf` and `api_key_id` are ours.
+/// The members are those of the cloud service's tokens; `aud`, `nbf` and the last two are ours.
 #[derive(Debug, Serialize, Deserialize)]
 struct Claims {
     iam_id: String,
@@ -176,7 +191,11 @@ struct Claims {
     client_id: String,
     acr: u8,
     amr: Vec<String>,
-    api_key_id: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    api_key_id: Option<Uuid>,
+    /// Which of the secrets that this API key has had.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    api_key_generation: Option<u32>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -193,28 +212,40 @@ struct Account {
 }
 
 impl Claims {
-    fn new(issuer: &str, caller: &Caller, id: Uuid, now: u64, expiration: u64) -> Self {
-        let iam_id = iam_id(caller.service_id);
-        let sub = format!("ServiceId-{}", caller.service_id);
+    fn new(
+        issuer: &str,
+        caller: &Caller,
+        grant: &str,
+        id: Uuid,
+        now: u64,
+        expiration: u64,
+    ) -> Self {
+        let iam_id = caller.iam_id();
+        let sub = iam_id.strip_prefix("iam-").unwrap_or_default().to_owned();
+        let (secret, sub_type) = match caller.credential {
+            Credential::ApiKey(secret) => (Some(secret), "ServiceId"),
+            Credential::Profile(_) => (None, "ComputeResource"),
+        };
         Claims {
             id: iam_id.clone(),
             realmid: "iam".into(),
             jti: id.to_string(),
             identifier: sub.clone(),
-            sub_type: "ServiceId".into(),
-            authn: Authn { sub: sub.clone(), iam_id: iam_id.clone(), sub_type: "ServiceId".into() },
+            sub_type: sub_type.into(),
+            authn: Authn { sub: sub.clone(), iam_id: iam_id.clone(), sub_type: sub_type.into() },
             account: Account { valid: true, frozen: false },
             iat: now,
             nbf: now,
             exp: expiration,
             iss: issuer.into(),
             aud: AUDIENCE.into(),
-            grant_type: kms_api::rest::API_KEY_GRANT.into(),
+            grant_type: grant.into(),
             scope: "ibm openid".into(),
             client_id: "default".into(),
             acr: 1,
             amr: vec!["pwd".into()],
-            api_key_id: caller.api_key.to_string(),
+            api_key_id: secret.map(|secret| secret.api_key),
+            api_key_generation: secret.map(|secret| secret.generation),
             iam_id,
             sub,
         }
@@ -222,13 +253,15 @@ impl Claims {
 }
 
 fn bearer(claims: &Claims) -> Result<Bearer, NotValid> {
-    let service_id: Uuid = claims
-        .iam_id
-        .strip_prefix("iam-ServiceId-")
-        .and_then(|id| id.parse().ok())
-        .ok_or(NotValid)?;
-    let api_key = claims.api_key_id.parse().map_err(|_| NotValid)?;
-    Ok(Bearer { service_id, api_key })
+    let named = |prefix| claims.iam_id.strip_prefix(prefix).and_then(|id| id.parse().ok());
+    let secret = claims.api_key_id.zip(claims.api_key_generation);
+    match (named(SERVICE_ID_PREFIX), named(PROFILE_PREFIX), secret) {
+        (Some(service_id), None, Some((api_key, generation))) => {
+            Ok(Bearer::ServiceId { service_id, secret: ApiKeySecret { api_key, generation } })
+        }
+        (None, Some(profile), None) => Ok(Bearer::Profile(profile)),
+        _ => Err(NotValid),
+    }
 }
 
 fn seconds(at: SystemTime) -> u64 {

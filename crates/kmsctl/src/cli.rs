@@ -1,8 +1,12 @@
 //! The command line: names, help and examples. What a command does is in `cmd`, one file each.
 
 use clap::{Parser, Subcommand};
+use kms_core::crypto_module;
 
-use crate::cmd::{api_keys, bench, completion, conformance, inspect, instances, keys, service_ids};
+use crate::cmd::{
+    api_keys, audit, bench, completion, conformance, inspect, instances, keys, policies, profiles,
+    service_ids, verify,
+};
 use crate::output::Format;
 
 const AFTER_HELP: &str = "\
@@ -13,10 +17,10 @@ Where the services are can be said once, in the environment:
   KMS_INSTANCE_ID  the instance whose keys are meant
   KMS_API_KEY      the API key (or --api-key-file; never an argument, which every user of the machine could read)
 
-Exit codes: 0 done, 1 failed, 2 wrong command line or settings.";
+Exit codes: 0 done, 1 failed, 2 wrong command line or settings; `verify --help` and `audit verify --help` have their own.";
 
 #[derive(Debug, Parser)]
-#[command(name = "kmsctl", version, about = "Manage and inspect the keys that protect Kubernetes secrets", after_help = AFTER_HELP)]
+#[command(name = "kmsctl", version = crypto_module::VERSION.as_str(), about = "Manage and inspect the keys that protect Kubernetes secrets", after_help = AFTER_HELP)]
 pub(crate) struct Cli {
     /// Print a table for people or JSON for programs
     #[arg(short, long, global = true, value_enum, default_value_t = Format::Table)]
@@ -34,7 +38,13 @@ pub(crate) enum Command {
     /// List and create service IDs, for which API keys speak
     #[command(after_help = service_ids::EXAMPLES)]
     ServiceIds(service_ids::Args),
-    /// List, create and revoke API keys
+    /// List, create and delete policies: which service ID has which role where
+    #[command(after_help = policies::EXAMPLES)]
+    Policies(policies::Args),
+    /// List, create and delete trusted profiles: whose tokens of another issuer are good for a service ID
+    #[command(after_help = profiles::EXAMPLES)]
+    Profiles(profiles::Args),
+    /// List, create, lock, rotate and revoke API keys
     #[command(after_help = api_keys::EXAMPLES)]
     ApiKeys(api_keys::Args),
     /// List and create instances, the groups that keys live in
@@ -43,6 +53,12 @@ pub(crate) enum Command {
     /// Explain a value that etcd stores: who encrypted it, with which key
     #[command(after_help = inspect::EXAMPLES)]
     Inspect(inspect::Args),
+    /// Count what etcd holds by who encrypted it, and say what is left to rewrite
+    #[command(after_help = verify::EXAMPLES)]
+    Verify(verify::Args),
+    /// Read the key service's audit logs, and prove that they are whole
+    #[command(after_help = audit::EXAMPLES)]
+    Audit(audit::Args),
     /// Drive a KMS plug-in's socket and measure it
     #[command(after_help = bench::EXAMPLES)]
     Bench(bench::Args),

@@ -4,7 +4,8 @@
 use std::io;
 use std::process::ExitCode;
 
-use kms_api::client;
+use kms_api::client::{self, causes};
+use kms_api::etcd::EtcdError;
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -32,6 +33,22 @@ pub(crate) enum Error {
     AllCallsFailed { calls: u64, first: String },
     #[error("{failed} of {cases} cases failed")]
     NotConforming { failed: usize, cases: usize },
+    /// etcd gave nothing.
+    #[error(transparent)]
+    Etcd(#[from] EtcdError),
+    #[error("this etcd holds nothing under {prefix}")]
+    NothingStored { prefix: String },
+    #[error("the plug-in at {socket} has no current key_id: {cause}")]
+    Status { socket: String, cause: String },
+    /// An outcome of `verify`, not a mishap.
+    #[error("{left} of {objects} objects are not as they would be written now")]
+    Left { left: u64, objects: u64 },
+    /// An outcome of `audit verify`, not a mishap.
+    #[error("the audit log was tampered with or damaged: {findings} findings")]
+    Tampered { findings: u64 },
+    /// `verify` found out nothing, which must not look like an outcome.
+    #[error(transparent)]
+    NotVerified(Box<Error>),
     #[error("the asynchronous runtime cannot start: {0}")]
     Runtime(io::Error),
     #[error("the result cannot be printed: {0}")]
@@ -40,7 +57,7 @@ pub(crate) enum Error {
 
 impl Error {
     /// Nobody accepts on this socket.
-    pub(crate) fn socket(socket: &str, cause: &dyn std::error::Error) -> Error {
+    pub(crate) fn socket(socket: &str, cause: &(dyn std::error::Error + 'static)) -> Error {
         Error::Socket { socket: socket.to_owned(), cause: causes(cause) }
     }
 
@@ -64,7 +81,7 @@ impl Error {
 
     fn exit_code(&self) -> ExitCode {
         match self {
-            Error::Missing { .. } | Error::Setup(_) => ExitCode::from(2),
+            Error::Missing { .. } | Error::Setup(_) | Error::NotVerified(_) => ExitCode::from(2),
             _ => ExitCode::FAILURE,
         }
     }
@@ -87,20 +104,40 @@ impl Error {
                 io::ErrorKind::AlreadyExists => "Choose another name; existing files are never overwritten.".to_owned(),
                 _ => return None,
             },
-            Error::Setup(_) | Error::Input { .. } | Error::Runtime(_) | Error::Output(_) => return None,
+            Error::Etcd(error) => return etcd_remedy(error).map(str::to_owned),
+            Error::NothingStored { .. } => {
+                "Is this the cluster's etcd, and --etcd-prefix what kube-apiserver has?".to_owned()
+            }
+            Error::Status { .. } => {
+                "Repair the plug-in (its readiness probe says more), or give the key_id with --key-id.".to_owned()
+            }
+            Error::NotVerified(cause) => return cause.remedy(),
+            Error::Setup(_)
+            | Error::Input { .. }
+            | Error::Left { .. }
+            | Error::Tampered { .. }
+            | Error::Runtime(_)
+            | Error::Output(_) => return None,
         })
     }
 }
 
-/// An error with everything that stands behind it.
-pub(crate) fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
+fn etcd_remedy(error: &EtcdError) -> Option<&'static str> {
+    Some(match error {
+        EtcdError::Setup(client::SetupError::NoCa { .. }) => {
+            "Give it with --etcd-cacert FILE (kubeadm: /etc/kubernetes/pki/etcd/ca.crt)."
+        }
+        EtcdError::Unreachable { cause, .. } if cause.contains("certificate") => {
+            "Check --etcd-cacert and, where etcd wants a client certificate, --etcd-cert and --etcd-key."
+        }
+        EtcdError::Unreachable { .. } => {
+            "Is etcd running there? Give its client URL with --etcd-endpoints."
+        }
+        EtcdError::Setup(_)
+        | EtcdError::Identity { .. }
+        | EtcdError::Refused { .. }
+        | EtcdError::TooLong { .. } => return None,
+    })
 }
 
 fn service_remedy(error: &client::Error) -> Option<&'static str> {

@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use http::StatusCode;
+use kms_core::crypto_module::NotFips;
 use thiserror::Error;
 
 use crate::rest::{ErrorBody, TokenError};
@@ -27,6 +28,8 @@ pub enum SetupError {
     Header { name: &'static str, value: String },
     #[error("TLS cannot be set up: {cause}")]
     Tls { cause: String },
+    #[error(transparent)]
+    NotFips(#[from] NotFips),
 }
 
 /// A call that failed.
@@ -165,7 +168,7 @@ fn printable(text: &str) -> String {
 }
 
 /// A chain of causes in one line, outermost first, without the repetitions that wrapped errors like.
-pub(crate) fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -16,10 +16,11 @@ use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::{self, Client};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use rustls::client::Resumption;
+use kms_core::crypto_module::CryptoModule;
+use rustls::client::{Resumption, WantsClientCert};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::{ClientConfig, RootCertStore};
+use rustls::{ClientConfig, ConfigBuilder, RootCertStore};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use zeroize::Zeroizing;
@@ -261,12 +262,8 @@ fn base(url: &str) -> Result<Uri, SetupError> {
 }
 
 fn connector(ca: &Ca) -> Result<HttpsConnector<HttpConnector>, SetupError> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut tls = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| SetupError::Tls { cause: error.to_string() })?
-        .with_root_certificates(roots(ca)?)
-        .with_no_client_auth();
+    let mut tls = trusting(roots(ca)?)?.with_no_client_auth();
+    CryptoModule::linked().allow_tls(tls.fips())?;
     // One server name: the default of 256 would only hold memory.
     tls.resumption = Resumption::in_memory_sessions(2);
     let mut tcp = HttpConnector::new();
@@ -281,7 +278,18 @@ fn connector(ca: &Ca) -> Result<HttpsConnector<HttpConnector>, SetupError> {
         .wrap_connector(tcp))
 }
 
-fn roots(ca: &Ca) -> Result<RootCertStore, SetupError> {
+/// TLS as each client here speaks it; what is left to say is who the client is.
+pub(crate) fn trusting(
+    roots: RootCertStore,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, SetupError> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| SetupError::Tls { cause: error.to_string() })?;
+    Ok(builder.with_root_certificates(roots))
+}
+
+pub(crate) fn roots(ca: &Ca) -> Result<RootCertStore, SetupError> {
     let wrong = |cause: String| SetupError::Ca { path: ca.to_string(), cause };
     let file;
     let pem = match ca {
@@ -329,4 +337,15 @@ fn lost_socket(error: &hyper::Error) -> bool {
 fn hyper_cause(error: &legacy::Error) -> Option<&hyper::Error> {
     use std::error::Error as _;
     error.source().and_then(|cause| cause.downcast_ref::<hyper::Error>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tls_is_that_of_the_fips_module_wherever_the_module_is() {
+        let tls = trusting(RootCertStore::empty()).unwrap().with_no_client_auth();
+        assert_eq!(tls.fips(), CryptoModule::linked().fips);
+    }
 }

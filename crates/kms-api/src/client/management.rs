@@ -1,5 +1,6 @@
-//! The client of kms-server's own management interface, on the port of its token service: instances, service IDs
-//! and API keys. For operators; the plug-in never uses it. An API key is shown by its creation and never again.
+//! The client of kms-server's own management interface, on the port of its token service: instances, service IDs,
+//! policies, profiles and API keys. For operators; the plug-in never uses it. An API key is shown by its creation or
+//! rotation and never again.
 
 use http::Method;
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
@@ -11,8 +12,8 @@ use super::{
     Ask, Ca, Call, Error, Replay, SetupError, correlation, parse, path_segment, with_token,
 };
 use crate::rest::{
-    ApiKey, ApiKeys, Instance, Instances, NewApiKey, NewInstance, NewServiceId, ServiceId,
-    ServiceIds,
+    ApiKey, ApiKeys, Instance, Instances, NewApiKey, NewInstance, NewPolicy, NewProfile,
+    NewServiceId, Policies, Policy, Profile, Profiles, Rotation, ServiceId, ServiceIds,
 };
 use crate::token::TokenSource;
 
@@ -82,14 +83,65 @@ impl Management {
 
     /// The API key and every token made with it stop working at once.
     pub async fn revoke_api_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
-        let path = format!("/v1/apikeys/{}", path_segment(id));
-        let ask = Ask { method: Method::DELETE, replay: Replay::Never, ..Ask::read(path) };
+        self.delete(format!("/v1/apikeys/{}", path_segment(id)), call).await
+    }
+
+    /// The API key and every token made with it stop working at once, until it is unlocked.
+    pub async fn lock_api_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        let ask =
+            Ask::action(format!("/v1/apikeys/{}/lock", path_segment(id)), &(), Replay::Never)?;
         self.ask(ask, call).await.map(drop)
+    }
+
+    pub async fn unlock_api_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        self.delete(format!("/v1/apikeys/{}/lock", path_segment(id)), call).await
+    }
+
+    /// The answer holds the new secret of the same API key, for this once.
+    pub async fn rotate_api_key(
+        &self,
+        id: &str,
+        rotation: &Rotation,
+        call: Call<'_>,
+    ) -> Result<ApiKey, Error> {
+        self.create(&format!("/v1/apikeys/{}/rotate", path_segment(id)), rotation, call).await
+    }
+
+    pub async fn policies(&self, call: Call<'_>) -> Result<Vec<Policy>, Error> {
+        let list: Policies = self.read("/v1/policies", call).await?;
+        Ok(list.policies)
+    }
+
+    pub async fn create_policy(&self, new: &NewPolicy, call: Call<'_>) -> Result<Policy, Error> {
+        self.create("/v1/policies", new, call).await
+    }
+
+    pub async fn delete_policy(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        self.delete(format!("/v1/policies/{}", path_segment(id)), call).await
+    }
+
+    pub async fn profiles(&self, call: Call<'_>) -> Result<Vec<Profile>, Error> {
+        let list: Profiles = self.read("/v1/profiles", call).await?;
+        Ok(list.profiles)
+    }
+
+    pub async fn create_profile(&self, new: &NewProfile, call: Call<'_>) -> Result<Profile, Error> {
+        self.create("/v1/profiles", new, call).await
+    }
+
+    /// Every token made with the profile stops working at once.
+    pub async fn delete_profile(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        self.delete(format!("/v1/profiles/{}", path_segment(id)), call).await
     }
 
     async fn read<T: DeserializeOwned>(&self, path: &str, call: Call<'_>) -> Result<T, Error> {
         let answer = self.ask(Ask::read(path.to_owned()), call).await?;
         parse(&self.https, &answer)
+    }
+
+    async fn delete(&self, path: String, call: Call<'_>) -> Result<(), Error> {
+        let ask = Ask { method: Method::DELETE, replay: Replay::Never, ..Ask::read(path) };
+        self.ask(ask, call).await.map(drop)
     }
 
     async fn create<T: DeserializeOwned>(

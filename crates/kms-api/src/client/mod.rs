@@ -4,6 +4,7 @@
 //! A call takes one token, one exchange, and after a 401 one more of each. It never retries an outage: how often to
 //! try again is the caller's policy, and its deadline covers everything here, the token included.
 
+mod document;
 mod error;
 pub(crate) mod https;
 mod management;
@@ -24,7 +25,8 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-pub use self::error::{Error, SetupError};
+pub use self::document::Document;
+pub use self::error::{Error, SetupError, causes};
 use self::https::{Answer, Exchange, Https, WipedBuffer, header, headers};
 pub use self::management::Management;
 use crate::rest::{
@@ -32,6 +34,7 @@ use crate::rest::{
     WrapAnswer, WrapRequest,
 };
 use crate::token::TokenSource;
+use crate::trace::{TRACEPARENT, TraceParent};
 
 /// What this code calls itself to servers, unless told otherwise.
 pub const USER_AGENT: &str = concat!("keelson/", env!("CARGO_PKG_VERSION"));
@@ -73,11 +76,13 @@ pub struct Call<'a> {
     pub deadline: Duration,
     /// Sent as `Correlation-Id`. Without one, or if it does not fit into a header, a new UUID is sent.
     pub correlation_id: Option<&'a str>,
+    /// Sent as `traceparent`, if the caller is part of a trace.
+    pub trace: Option<TraceParent>,
 }
 
 impl Call<'_> {
     pub fn within(deadline: Duration) -> Self {
-        Call { deadline, correlation_id: None }
+        Call { deadline, correlation_id: None, trace: None }
     }
 }
 
@@ -201,9 +206,25 @@ impl KeyProtect {
         self.ask(Ask::action(path, &request, Replay::Never)?, call).await.map(drop)
     }
 
+    /// Suspends the key: it neither wraps nor unwraps until it is enabled.
+    pub async fn disable_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        self.act(id, "disable", call).await
+    }
+
+    pub async fn enable_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        self.act(id, "enable", call).await
+    }
+
     pub async fn delete_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
         // Not replayed: the second answer would say "deleted already" of what this call did.
         let ask = Ask { method: Method::DELETE, replay: Replay::Never, ..Ask::read(key_path(id)) };
+        self.ask(ask, call).await.map(drop)
+    }
+
+    async fn act(&self, id: &str, action: &str, call: Call<'_>) -> Result<(), Error> {
+        let path = format!("{}?action={action}", key_path(id));
+        // Not replayed: the second answer would say "not in a valid state" of what this call did.
+        let ask = Ask { method: Method::POST, replay: Replay::Never, ..Ask::read(path) };
         self.ask(ask, call).await.map(drop)
     }
 
@@ -232,7 +253,7 @@ impl KeyProtect {
     }
 
     async fn ask(&self, ask: Ask, call: Call<'_>) -> Result<Answer, Error> {
-        let headers = self.headers(&ask, call.correlation_id);
+        let headers = self.headers(&ask, call);
         with_token(
             &self.https,
             &self.tokens,
@@ -244,16 +265,18 @@ impl KeyProtect {
         .await
     }
 
-    fn headers(&self, ask: &Ask, correlation_id: Option<&str>) -> HeaderMap {
+    fn headers(&self, ask: &Ask, call: Call<'_>) -> HeaderMap {
         let mut headers = headers([
             // The on-premises product knows the first name, the cloud service the second.
             (HeaderName::from_static("icp-instance"), self.instance.clone()),
             (HeaderName::from_static("bluemix-instance"), self.instance.clone()),
-            (HeaderName::from_static("correlation-id"), correlation(correlation_id)),
+            (HeaderName::from_static("correlation-id"), correlation(call.correlation_id)),
         ]);
         if !ask.body.is_empty() {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static(ask.content_type));
         }
+        let trace = call.trace.and_then(|trace| HeaderValue::try_from(trace.to_string()).ok());
+        headers.extend(trace.map(|trace| (HeaderName::from_static(TRACEPARENT), trace)));
         headers
     }
 

@@ -8,6 +8,7 @@ use kms_api::client::{
     Call, ClientSettings, Error, KeyProtect, KeyQuery, NewKey, SetupError, USER_AGENT,
 };
 use kms_api::token::{ApiKeySource, TokenSettings, TokenSource};
+use kms_api::trace::TraceParent;
 use kms_core::clock::ManualClock;
 use kms_core::secret::SecretText;
 use serde_json::{Value, json};
@@ -65,6 +66,8 @@ fn asked_of_keys(server: &Server) -> Vec<Asked> {
     server.asked().into_iter().filter(|asked| asked.path != "/oidc/token").collect()
 }
 
+const TRACE: &str = "00-0123456789abcdef0123456789abcdef-fedcba9876543210-01";
+
 fn wrapped() -> Reply {
     Reply::ok(json!({"ciphertext": "V0RFSw==", "plaintext": "REVL", "keyVersion": {"id": "v1"}}))
 }
@@ -76,7 +79,8 @@ async fn wrap(client: &KeyProtect, deadline: Duration) -> Result<(), Error> {
 #[tokio::test]
 async fn wrap_sends_what_every_dialect_of_the_service_needs() {
     let (server, client) = start(|_, _| wrapped()).await;
-    let call = Call { deadline: LATE, correlation_id: Some("uid-1") };
+    let trace = TraceParent::parse(TRACE);
+    let call = Call { deadline: LATE, correlation_id: Some("uid-1"), trace };
     let aad = ["first".to_owned(), String::new()];
     let answer = client.wrap(CRK, Some(b"a dek"), &aad, call).await.unwrap();
 
@@ -90,6 +94,7 @@ async fn wrap_sends_what_every_dialect_of_the_service_needs() {
     assert_eq!(header("icp-instance"), Some(INSTANCE));
     assert_eq!(header("bluemix-instance"), Some(INSTANCE));
     assert_eq!(header("correlation-id"), Some("uid-1"));
+    assert_eq!(header("traceparent"), Some(TRACE));
     assert_eq!(header("authorization"), Some("Bearer token-0"));
     assert_eq!(header("user-agent"), Some(USER_AGENT));
     let body: Value = serde_json::from_str(&asked.body).unwrap();
@@ -130,6 +135,8 @@ async fn keys_are_managed_below_a_url_with_a_path() {
     assert_eq!(client.list_keys(&query, call).await.unwrap().resources.len(), 1);
     assert_eq!(client.get_key("../a b", call).await.unwrap().name.as_deref(), Some("crk"));
     client.rotate_key(CRK, None, call).await.unwrap();
+    client.disable_key(CRK, call).await.unwrap();
+    client.enable_key(CRK, call).await.unwrap();
     client.delete_key(CRK, call).await.unwrap();
 
     let asked = asked_of_keys(&server);
@@ -143,6 +150,8 @@ async fn keys_are_managed_below_a_url_with_a_path() {
             "GET /kms/api/v2/keys?limit=10&state=1,5".to_owned(),
             "GET /kms/api/v2/keys/%2E%2E%2Fa%20b".to_owned(),
             format!("POST /kms/api/v2/keys/{CRK}?action=rotate"),
+            format!("POST /kms/api/v2/keys/{CRK}?action=disable"),
+            format!("POST /kms/api/v2/keys/{CRK}?action=enable"),
             format!("DELETE /kms/api/v2/keys/{CRK}"),
         ]
     );
@@ -320,7 +329,7 @@ async fn an_answer_cut_short_is_not_taken_for_whole() {
 #[tokio::test]
 async fn a_correlation_id_that_is_no_header_text_is_replaced() {
     let (server, client) = start(|_, _| wrapped()).await;
-    let call = Call { deadline: LATE, correlation_id: Some("a\r\nicp-instance: b") };
+    let call = Call { deadline: LATE, correlation_id: Some("a\r\nicp-instance: b"), trace: None };
     client.wrap(CRK, None, &[], call).await.unwrap();
     let sent = asked_of_keys(&server)[0].headers["correlation-id"].clone();
     assert!(uuid::Uuid::parse_str(&sent).is_ok(), "{sent}");

@@ -7,7 +7,11 @@ pub mod gob;
 pub mod v1;
 pub mod v2;
 
-use aws_lc_rs::{digest, hkdf};
+use std::sync::OnceLock;
+
+use aws_lc_rs::aead::{LessSafeKey, RandomizedNonceKey};
+use aws_lc_rs::cipher::{DecryptingKey, EncryptingKey};
+use aws_lc_rs::{digest, hkdf, hmac};
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -63,6 +67,25 @@ pub enum OpenError {
     LenBytes(u8),
 }
 
+/// The keys that were derived from one DEK: each once, when it is first needed, because deriving takes longer than
+/// sealing. The DEK holds them and they end with it; the library wipes them.
+#[derive(Default)]
+pub(crate) struct Derived {
+    v1_encrypting: OnceLock<EncryptingKey>,
+    v1_decrypting: OnceLock<DecryptingKey>,
+    v1_code: OnceLock<hmac::Key>,
+    v2_gcm: OnceLock<LessSafeKey>,
+    v2_gcm_drawing: OnceLock<RandomizedNonceKey>,
+}
+
+/// The key in `slot`, made first if it is not there. Who comes second while it is being made, makes it too.
+fn once<K>(slot: &OnceLock<K>, make: impl FnOnce() -> Option<K>) -> Option<&K> {
+    match slot.get() {
+        Some(key) => Some(key),
+        None => make().map(|key| slot.get_or_init(|| key)),
+    }
+}
+
 /// A key for one purpose. The DEK itself is only ever the AES-CBC key of the original's format.
 fn derive(dek: &Dek, purpose: &str) -> Option<Zeroizing<[u8; 32]>> {
     let mut key = Zeroizing::new([0; 32]);
@@ -73,6 +96,32 @@ fn derive(dek: &Dek, purpose: &str) -> Option<Zeroizing<[u8; 32]>> {
     Some(key)
 }
 
-fn sha256(bytes: &[u8]) -> digest::Digest {
-    digest::digest(&digest::SHA256, bytes)
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest::digest(&digest::SHA256, bytes).as_ref());
+    hash
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key_id::KeyId;
+
+    #[test]
+    fn a_key_is_derived_once_for_all_clones_of_a_dek() {
+        let (dek, key_id) = (Dek::from_bytes([7; 32]), KeyId::new("i", "c", "v").unwrap());
+        let clone = dek.clone();
+        assert!(dek.derived().v2_gcm.get().is_none());
+        v2::seal(&clone, &key_id, 1, b"wdek", Some([1; 12]), b"payload").unwrap();
+        let made: *const LessSafeKey = dek.derived().v2_gcm.get().unwrap();
+        v2::seal(&dek, &key_id, 1, b"wdek", Some([2; 12]), b"payload").unwrap();
+        assert!(std::ptr::eq(made, clone.derived().v2_gcm.get().unwrap()));
+    }
+
+    #[test]
+    fn two_deks_share_no_derived_key() {
+        let (one, other) = (Dek::from_bytes([7; 32]), Dek::from_bytes([8; 32]));
+        assert_ne!(derive(&one, "a").unwrap(), derive(&other, "a").unwrap());
+        assert_ne!(derive(&one, "a").unwrap(), derive(&one, "b").unwrap());
+    }
 }

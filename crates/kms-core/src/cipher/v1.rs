@@ -20,7 +20,7 @@ use base64::engine::general_purpose::STANDARD;
 use zeroize::Zeroizing;
 
 use super::gob::{self, Secret};
-use super::{FormatError, OpenError, SealError, derive, sha256};
+use super::{FormatError, OpenError, SealError, derive, once, sha256};
 use crate::canonical::{Canonical, length};
 use crate::limits::{MAX_PAYLOAD, MAX_V1_CIPHER};
 use crate::secret::{Dek, SecretBytes};
@@ -56,7 +56,7 @@ pub struct Seal<'a> {
 pub fn seal(input: &Seal<'_>) -> Result<Vec<u8>, SealError> {
     check_input(input)?;
     let width = usize::from(input.len_bytes);
-    let code = Code::new(input.dek, input.kp_version, input.wdek, &input.iv);
+    let code = Code::new(input.dek, input.kp_version, &sha256(input.wdek), &input.iv);
     let tag = code.ok_or(SealError::Library)?.of(width, input.payload);
 
     let mut blocks = Zeroizing::new(Vec::with_capacity(sealed_len(width, input.payload.len())));
@@ -80,6 +80,7 @@ pub fn seal(input: &Seal<'_>) -> Result<Vec<u8>, SealError> {
 pub struct Envelope {
     kp_version: i64,
     wdek: Vec<u8>,
+    wdek_sha256: [u8; 32],
     iv: [u8; BLOCK],
     blocks: Vec<u8>,
     canonical: bool,
@@ -116,6 +117,7 @@ impl Envelope {
             iv: *iv,
             blocks: blocks.to_vec(),
             canonical: gob::encode(&secret) == stream,
+            wdek_sha256: sha256(&secret.wrapped_dek),
             wdek: secret.wrapped_dek,
         })
     }
@@ -128,6 +130,11 @@ impl Envelope {
     #[must_use]
     pub fn wdek(&self) -> &[u8] {
         &self.wdek
+    }
+
+    #[must_use]
+    pub fn wdek_sha256(&self) -> [u8; 32] {
+        self.wdek_sha256
     }
 
     /// Length of the encrypted part, its IV included.
@@ -154,8 +161,8 @@ impl Envelope {
         let mut plain = Zeroizing::new(self.blocks.clone());
         decrypt(dek, self.iv, &mut plain).ok_or(OpenError::NotAuthentic)?;
 
-        let code =
-            Code::new(dek, self.kp_version, &self.wdek, &self.iv).ok_or(OpenError::NotAuthentic)?;
+        let code = Code::new(dek, self.kp_version, &self.wdek_sha256, &self.iv)
+            .ok_or(OpenError::NotAuthentic)?;
         let width = usize::from(len_bytes);
         let others = LEN_BYTES.map(usize::from).filter(|other| *other != width);
         let proven = std::iter::once(width)
@@ -173,7 +180,12 @@ impl Envelope {
     /// Where the payload is, if the code after it is right. A length that cannot be is replaced
     /// and the code computed all the same: its time must not tell an impossible length, which an
     /// attacker can bring about by changing the IV, from a wrong code.
-    fn authentic_payload(&self, code: &Code, width: usize, plain: &[u8]) -> Option<Range<usize>> {
+    fn authentic_payload(
+        &self,
+        code: &Code<'_>,
+        width: usize,
+        plain: &[u8],
+    ) -> Option<Range<usize>> {
         let claimed = big_endian(plain.get(..width)?);
         let fits =
             claimed.filter(|len| *len <= plain.len() && sealed_len(width, *len) == plain.len());
@@ -187,25 +199,29 @@ impl Envelope {
 }
 
 /// The authentication code of one value, short of its length and payload.
-struct Code {
-    key: hmac::Key,
+struct Code<'a> {
+    key: &'a hmac::Key,
     header: Vec<u8>,
 }
 
-impl Code {
-    fn new(dek: &Dek, kp_version: i64, wdek: &[u8], iv: &[u8; BLOCK]) -> Option<Self> {
-        let key = derive(dek, CODE_KEY)?;
-        let header = Canonical::new(LABEL)
-            .number(kp_version)
-            .field(sha256(wdek).as_ref())
-            .field(iv)
-            .into_bytes();
-        Some(Self { key: hmac::Key::new(hmac::HMAC_SHA256, &*key), header })
+impl<'a> Code<'a> {
+    fn new(
+        dek: &'a Dek,
+        kp_version: i64,
+        wdek_sha256: &[u8; 32],
+        iv: &[u8; BLOCK],
+    ) -> Option<Self> {
+        let key = once(&dek.derived().v1_code, || {
+            Some(hmac::Key::new(hmac::HMAC_SHA256, &*derive(dek, CODE_KEY)?))
+        })?;
+        let header =
+            Canonical::new(LABEL).number(kp_version).field(wdek_sha256).field(iv).into_bytes();
+        Some(Self { key, header })
     }
 
     /// The payload goes into the code directly, so that no other buffer ever holds it.
     fn of(&self, width: usize, payload: &[u8]) -> hmac::Tag {
-        let mut code = hmac::Context::with_key(&self.key);
+        let mut code = hmac::Context::with_key(self.key);
         code.update(&self.header);
         code.update(&length(width));
         code.update(&length(payload.len()));
@@ -250,17 +266,21 @@ fn big_endian(prefix: &[u8]) -> Option<usize> {
     usize::try_from(number).ok()
 }
 
+fn cbc_key(dek: &Dek) -> Option<UnboundCipherKey> {
+    UnboundCipherKey::new(&AES_256, dek.as_bytes()).ok()
+}
+
 fn encrypt(dek: &Dek, iv: [u8; BLOCK], blocks: &mut [u8]) -> Option<()> {
-    let key = UnboundCipherKey::new(&AES_256, dek.as_bytes()).ok()?;
+    let key = once(&dek.derived().v1_encrypting, || EncryptingKey::cbc(cbc_key(dek)?).ok())?;
     let context = EncryptionContext::Iv128(FixedLength::from(iv));
-    EncryptingKey::cbc(key).ok()?.less_safe_encrypt(blocks, context).ok()?;
+    key.less_safe_encrypt(blocks, context).ok()?;
     Some(())
 }
 
 fn decrypt(dek: &Dek, iv: [u8; BLOCK], blocks: &mut [u8]) -> Option<()> {
-    let key = UnboundCipherKey::new(&AES_256, dek.as_bytes()).ok()?;
+    let key = once(&dek.derived().v1_decrypting, || DecryptingKey::cbc(cbc_key(dek)?).ok())?;
     let context = DecryptionContext::Iv128(FixedLength::from(iv));
-    DecryptingKey::cbc(key).ok()?.decrypt(blocks, context).ok()?;
+    key.decrypt(blocks, context).ok()?;
     Some(())
 }
 

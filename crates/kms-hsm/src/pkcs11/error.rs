@@ -3,8 +3,8 @@
 //! The table is the union of what brokers in production have learnt (lost sessions that were
 //! reused for ever, dead devices that only a new C_Initialize revives, PINs locked by retries).
 
+use crate::statistics;
 use crate::vault::VaultError;
-use cryptoki::context::Function;
 use cryptoki::error::{Error, RvError};
 use cryptoki_sys::{
     CK_RV, CKR_AEAD_DECRYPT_FAILED, CKR_KEY_EXHAUSTED, CKR_OPERATION_CANCEL_FAILED,
@@ -24,7 +24,8 @@ pub(super) enum Class {
     Session,
     /// The device or its driver is lost: C_Finalize, C_Initialize, log in, with growing pauses.
     Device,
-    /// No room: answer, keep the session.
+    /// No room: answer, keep the session. Kryoptic says so too when it cannot read its storage: ask a
+    /// canary.
     Capacity,
     /// The PIN: stop, and never try it again.
     Credential,
@@ -91,10 +92,12 @@ impl From<VaultError> for Fault {
 impl From<Error> for Fault {
     fn from(error: Error) -> Self {
         match error {
-            Error::Pkcs11(code, function) => Self::Token {
-                class: classify(&code),
-                what: format!("{}: {}", function_name(function), code_name(&code)),
-            },
+            Error::Pkcs11(code, function) => {
+                let name = code_name(&code);
+                statistics::code(&name);
+                let what = format!("{}: {name}", statistics::name(function));
+                Self::Token { class: classify(&code), what }
+            }
             Error::LibraryLoading(cause) => Self::device(format!("PKCS#11 library: {cause}")),
             other => Self::Token { class: Class::Refused, what: other.to_string() },
         }
@@ -171,10 +174,6 @@ fn classify_number(code: CK_RV) -> Class {
     }
 }
 
-fn function_name(function: Function) -> String {
-    format!("C_{function:?}")
-}
-
 /// The name in the standard, which is what an operator searches the vendor's manual for.
 fn code_name(code: &RvError) -> String {
     if let RvError::VendorDefined(number) | RvError::UnknownErrorCode(number) = code {
@@ -193,6 +192,7 @@ fn code_name(code: &RvError) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cryptoki::context::Function;
     use cryptoki::error::Rv;
     use cryptoki_sys::*;
 

@@ -3,24 +3,32 @@
 //! `mod` turns each verb into a job; `queue` holds the jobs; `pool` keeps worker threads with
 //! logged-in sessions alive; `seat` is what a worker has in hand; `ops` are the verbs; `keys` what
 //! the objects look like; `module` the loaded library; `raw` the hot path; `error` the table of
-//! return codes. No PKCS#11 call is ever made on a thread of the async runtime.
+//! return codes, `gcm` the other way to wrap. No PKCS#11 call is ever made on a thread of the async runtime.
 
 mod error;
+mod gcm;
 mod keys;
 mod module;
 mod ops;
+mod pin;
 mod pool;
 mod queue;
 mod raw;
 mod seat;
 
-use crate::vault::{MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Vault, VaultError, Wrapped};
+use crate::statistics::Statistics;
+use crate::vault::{
+    CheckValue, MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped,
+};
 use async_trait::async_trait;
 use error::Fault;
+pub use gcm::{IvChoice, IvMode};
 use kms_core::secret::{SecretBytes, SecretText};
 use module::Module;
 use ops::{Inventory, Origin};
+pub use pin::Pin;
 use pool::Pool;
+pub(crate) use pool::{Known, Standstill};
 use seat::Seat;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -30,7 +38,7 @@ use std::time::Duration;
 use uuid::Uuid;
 
 /// Making keys and listing thousands of them takes a token this many times longer than using one.
-const SLOW: u32 = 10;
+pub(crate) const SLOW: u32 = 10;
 
 /// Everything that the vault must be told.
 #[derive(Clone, Debug)]
@@ -39,14 +47,16 @@ pub struct Settings {
     pub library: PathBuf,
     /// Which token.
     pub token: TokenChoice,
-    /// The user PIN.
-    pub pin: SecretText,
+    /// The user PIN. A refused one is tried again only after it was replaced.
+    pub pin: Pin,
     /// How many sessions, each with a thread. SoftHSM: 2 to 4. Network HSM: rate times latency.
     pub sessions: usize,
     /// How many requests may wait for a session; more are refused as `Busy`.
     pub queue: usize,
     /// How long a caller waits for the use of a key. Making keys is given ten times as long.
     pub deadline: Duration,
+    /// Who makes the IV of AES-GCM. `None`: nothing is wrapped with AES-GCM, and no self-test is made.
+    pub gcm: Option<IvChoice>,
 }
 
 /// How the operator names a token.
@@ -111,17 +121,39 @@ impl Pkcs11Vault {
     /// # Errors
     /// `Unavailable` when the library cannot be loaded; `Credential` when the PIN is refused.
     pub fn open(settings: Settings) -> Result<Self, VaultError> {
+        Self::open_known(settings, None)
+    }
+
+    /// Like [`Pkcs11Vault::open`], on the token that another vault has found before, and on no other.
+    ///
+    /// # Errors
+    /// As `open`.
+    pub(crate) fn open_known(settings: Settings, known: Option<Known>) -> Result<Self, VaultError> {
         if settings.sessions == 0 || settings.queue == 0 {
             return Err(VaultError::BadInput("sessions and queue must be at least 1".to_owned()));
         }
-        let pool = Pool::start(settings)?;
+        let pool = Pool::start(settings, known)?;
         Ok(Self { pool, making: Making::default(), signing: Arc::default() })
     }
 
     /// The token in use; `None` until it was found for the first time.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
-        self.pool.token()
+        self.pool.known().map(|known| known.token)
+    }
+
+    /// For a vault that takes over from this one.
+    pub(crate) fn known(&self) -> Option<Known> {
+        self.pool.known()
+    }
+
+    /// What to compare with later: twice the same, and nothing has moved in the library meanwhile.
+    pub(crate) fn standstill(&self) -> Option<Standstill> {
+        self.pool.standstill()
+    }
+
+    pub(crate) fn deadline(&self) -> Duration {
+        self.pool.settings().deadline
     }
 
     async fn use_key<T: Send + 'static>(
@@ -182,9 +214,7 @@ impl Vault for Pkcs11Vault {
         context: &[u8],
         dek: SecretBytes,
     ) -> Result<Wrapped, VaultError> {
-        if dek.is_empty() || dek.len() > MAX_PLAINTEXT {
-            return Err(VaultError::BadInput(format!("{} bytes to wrap", dek.len())));
-        }
+        check_length(&dek)?;
         let context = context.to_vec();
         self.use_key(move |seat| ops::wrap(seat, id, &context, &dek)).await
     }
@@ -197,11 +227,37 @@ impl Vault for Pkcs11Vault {
     ) -> Result<SecretBytes, VaultError> {
         let context = context.to_vec();
         let opened = self.use_key(move |seat| ops::unwrap(seat, id, &context, &wrapped)).await;
-        // Every failure to open looks alike, whatever the token said of the padding.
-        opened.map_err(|error| match error {
-            VaultError::BadInput(_) => VaultError::NotAuthentic,
-            other => other,
-        })
+        opened.map_err(all_alike)
+    }
+
+    async fn wrap_gcm(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        dek: SecretBytes,
+    ) -> Result<Sealed, VaultError> {
+        check_length(&dek)?;
+        let context = context.to_vec();
+        self.use_key(move |seat| gcm::wrap(seat, id, &context, &dek)).await
+    }
+
+    async fn unwrap_gcm(
+        &self,
+        id: Uuid,
+        context: &[u8],
+        sealed: Sealed,
+    ) -> Result<SecretBytes, VaultError> {
+        let context = context.to_vec();
+        let opened = self.use_key(move |seat| gcm::unwrap(seat, id, &context, &sealed)).await;
+        opened.map_err(all_alike)
+    }
+
+    async fn check_value(&self, id: Uuid) -> Result<CheckValue, VaultError> {
+        self.use_key(move |seat| ops::check_value(seat, id)).await
+    }
+
+    fn serial(&self) -> Option<String> {
+        self.token().map(|token| token.serial)
     }
 
     async fn random(&self, len: usize) -> Result<SecretBytes, VaultError> {
@@ -229,7 +285,14 @@ impl Vault for Pkcs11Vault {
     }
 
     async fn versions(&self) -> Result<Vec<Uuid>, VaultError> {
-        Ok(self.inventory().await?.whole)
+        let found = self.inventory().await?;
+        for id in found.exposed {
+            tracing::error!(
+                "The token lets a key of CRK version {id} leave it (CKA_SENSITIVE, CKA_EXTRACTABLE). It is used as it \
+                 is. Rotate its CRK, and find out who put the key there."
+            );
+        }
+        Ok(found.whole)
     }
 
     async fn incomplete(&self) -> Result<Vec<Uuid>, VaultError> {
@@ -238,6 +301,10 @@ impl Vault for Pkcs11Vault {
 
     async fn probe(&self) -> Result<(), VaultError> {
         self.use_key(Seat::canary).await
+    }
+
+    async fn statistics(&self) -> Option<Statistics> {
+        Some(self.pool.statistics())
     }
 }
 
@@ -293,6 +360,21 @@ impl Making {
 impl Drop for Reserved {
     fn drop(&mut self) {
         self.making.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.id);
+    }
+}
+
+fn check_length(dek: &SecretBytes) -> Result<(), VaultError> {
+    if dek.is_empty() || dek.len() > MAX_PLAINTEXT {
+        return Err(VaultError::BadInput(format!("{} bytes to wrap", dek.len())));
+    }
+    Ok(())
+}
+
+/// Every failure to open looks alike, whatever the token said of padding or tag.
+fn all_alike(error: VaultError) -> VaultError {
+    match error {
+        VaultError::BadInput(_) => VaultError::NotAuthentic,
+        other => other,
     }
 }
 

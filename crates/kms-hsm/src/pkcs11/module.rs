@@ -6,8 +6,9 @@
 use crate::pkcs11::error::{Class, Fault};
 use crate::pkcs11::raw::Raw;
 use crate::pkcs11::{Token, TokenChoice};
+use crate::statistics::timed;
 use crate::vault::VaultError;
-use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Function, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::Slot;
@@ -43,7 +44,7 @@ impl Module {
     /// C_Initialize, with the threads of this process let in. Twice does no harm.
     pub(super) fn initialise(&self) -> Result<(), Fault> {
         let arguments = CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK);
-        match self.context.initialize(arguments) {
+        match timed(Function::Initialize, || self.context.initialize(arguments)) {
             Err(Error::Pkcs11(RvError::CryptokiAlreadyInitialized, _)) => Ok(()),
             result => Ok(result?),
         }
@@ -153,7 +154,7 @@ impl Module {
 }
 
 fn log_in(session: &Session, pin: &SecretText) -> Result<(), Fault> {
-    match session.login(UserType::User, Some(&auth_pin(pin))) {
+    match timed(Function::Login, || session.login(UserType::User, Some(&auth_pin(pin)))) {
         Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
         result => Ok(result?),
     }

@@ -3,15 +3,18 @@
 //! Each may run twice, because the session can be lost half-way: what makes something says how a
 //! second run treats what the first one left.
 
+use crate::check::{CHECKED, check_input, first_quarter};
 use crate::pkcs11::error::Fault;
 use crate::pkcs11::keys::{self, Kind};
 use crate::pkcs11::raw::BLOCK;
 use crate::pkcs11::seat::{Seat, emptied};
-use crate::vault::{RsaPublic, VaultError, Wrapped};
+use crate::statistics::timed;
+use crate::vault::{CheckValue, RsaPublic, VaultError, Wrapped};
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::rsa::{
     OAEP_SHA1_MGF1SHA1, OaepPublicEncryptingKey, PublicEncryptingKey, PublicKeyComponents,
 };
+use cryptoki::context::Function;
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsOaepParams, PkcsOaepSource};
 use cryptoki::mechanism::{Mechanism, MechanismType};
 use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
@@ -35,6 +38,9 @@ pub(super) enum Origin {
 pub(super) struct Inventory {
     pub(super) whole: Vec<Uuid>,
     pub(super) incomplete: Vec<Uuid>,
+    /// Those of which a key may leave the token or shows its value: somebody else put it there, or a restore from a
+    /// backup lost what was said of it. They are used all the same, because what they wrapped must stay readable.
+    pub(super) exposed: Vec<Uuid>,
 }
 
 pub(super) fn wrap(
@@ -46,7 +52,7 @@ pub(super) fn wrap(
     let root = seat.key(id, Kind::Root)?;
     let mac = seat.key(id, Kind::Mac)?;
     let mut iv = [0; BLOCK];
-    seat.session().generate_random_slice(&mut iv)?;
+    timed(Function::GenerateRandom, || seat.session().generate_random_slice(&mut iv))?;
     let ciphertext = seat.raw().encrypt(seat.session(), root, &iv, dek.as_slice())?;
     let hash = seat.raw().hmac(seat.session(), mac, &mac_input(context, &iv, &ciphertext))?;
     Ok(Wrapped { iv: iv.to_vec(), ciphertext, hash: hash.to_vec() })
@@ -70,9 +76,17 @@ pub(super) fn unwrap(
     Ok(SecretBytes::new(std::mem::take(&mut *dek)))
 }
 
+pub(super) fn check_value(seat: &Seat, id: Uuid) -> Result<CheckValue, Fault> {
+    let root = seat.key(id, Kind::Root)?;
+    let mac = seat.key(id, Kind::Mac)?;
+    let ciphertext = seat.raw().encrypt(seat.session(), root, &[0; BLOCK], &CHECKED)?;
+    let code = seat.raw().hmac(seat.session(), mac, &check_input(&ciphertext))?;
+    Ok(first_quarter(&code)?)
+}
+
 pub(super) fn random(seat: &Seat, len: usize) -> Result<SecretBytes, Fault> {
     let mut bytes = zeroize::Zeroizing::new(vec![0; len]);
-    seat.session().generate_random_slice(&mut bytes)?;
+    timed(Function::GenerateRandom, || seat.session().generate_random_slice(&mut bytes))?;
     Ok(SecretBytes::new(std::mem::take(&mut *bytes)))
 }
 
@@ -143,13 +157,16 @@ pub(super) fn signing_key(seat: &Seat, id: Uuid) -> Result<RsaPublic, Fault> {
 pub(super) fn inventory(seat: &Seat) -> Result<Inventory, Fault> {
     let search = [Attribute::Class(ObjectClass::SECRET_KEY), Attribute::Token(true)];
     let mut found: BTreeMap<Uuid, Vec<(Kind, ObjectHandle)>> = BTreeMap::new();
+    let mut inventory = Inventory::default();
     for object in seat.find(&search)? {
-        if let Some((id, kind)) = identify(seat, object)? {
+        if let Some((id, kind, safe)) = identify(seat, object)? {
             found.entry(id).or_default().push((kind, object));
+            if !safe {
+                inventory.exposed.push(id);
+            }
         }
     }
     found.remove(&keys::CANARY).ok_or_else(emptied)?;
-    let mut inventory = Inventory::default();
     for (id, mut parts) in found {
         parts.sort_by_key(|(kind, _)| *kind != Kind::Root);
         if let [(Kind::Root, root), (Kind::Mac, mac)] = parts[..] {
@@ -186,7 +203,7 @@ fn generate(seat: &Seat, id: Uuid, kind: Kind, len: u64) -> Result<(), Fault> {
     };
     let mut template = kind.template(id);
     template.push(Attribute::ValueLen(Ulong::from(len)));
-    let key = seat.session().generate_key(&mechanism, &template)?;
+    let key = timed(Function::GenerateKey, || seat.session().generate_key(&mechanism, &template))?;
     template.extend(keys::made_inside());
     keys::check(seat.session(), key, &template)
 }
@@ -301,17 +318,25 @@ fn clear(seat: &Seat, id: Uuid) -> Result<(), Fault> {
     Ok(())
 }
 
-/// Which of our secret keys this is; `None` for a stranger's.
-fn identify(seat: &Seat, object: ObjectHandle) -> Result<Option<(Uuid, Kind)>, Fault> {
-    let types = [AttributeType::Id, AttributeType::KeyType];
+/// Which of our secret keys this is, and whether it stays in the token; `None` for a stranger's.
+fn identify(seat: &Seat, object: ObjectHandle) -> Result<Option<(Uuid, Kind, bool)>, Fault> {
+    let types = [
+        AttributeType::Id,
+        AttributeType::KeyType,
+        AttributeType::Sensitive,
+        AttributeType::Extractable,
+    ];
     let (mut id, mut kind) = (None, None);
+    let (mut sensitive, mut extractable) = (false, true);
     for attribute in seat.session().get_attributes(object, &types)? {
         match attribute {
             Attribute::Id(bytes) => id = Uuid::from_slice(&bytes).ok(),
             Attribute::KeyType(KeyType::AES) => kind = Some(Kind::Root),
             Attribute::KeyType(KeyType::GENERIC_SECRET) => kind = Some(Kind::Mac),
+            Attribute::Sensitive(said) => sensitive = said,
+            Attribute::Extractable(said) => extractable = said,
             _ => {}
         }
     }
-    Ok(id.zip(kind))
+    Ok(id.zip(kind).map(|(id, kind)| (id, kind, sensitive && !extractable)))
 }

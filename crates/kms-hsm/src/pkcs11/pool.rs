@@ -7,11 +7,14 @@
 
 use crate::pkcs11::error::{Class, Fault};
 use crate::pkcs11::module::Module;
-use crate::pkcs11::queue::{Call, Job, Phase, Queue, Repair, Undo};
+use crate::pkcs11::queue::{Call, Job, Phase, Queue, Repair, Undo, Waiting};
 use crate::pkcs11::seat::{Handles, Seat};
 use crate::pkcs11::{Settings, Token, ops};
+use crate::statistics::{self, Statistics};
 use crate::vault::VaultError;
+use cryptoki::session::Session;
 use std::convert::Infallible;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -37,7 +40,26 @@ struct Shared {
     queue: Queue,
     settings: Settings,
     /// The token that answered first. Another one in its place is not ours.
-    token: Mutex<Option<Token>>,
+    known: Mutex<Option<Known>>,
+    /// Odd while the supervisor is in the library.
+    visits: AtomicU64,
+}
+
+/// What a token is known by.
+#[derive(Clone, Debug)]
+pub(crate) struct Known {
+    pub(crate) token: Token,
+    /// Of the canary key: a copy of a token from before our time may have its serial number.
+    pub(crate) check_value: Vec<u8>,
+}
+
+/// Calls into the library that have not returned yet, and how many have before them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standstill {
+    /// Only those whose callers have left, at their deadlines or before.
+    Calls(u64),
+    /// One of the supervisor, who connects.
+    Connecting(u64),
 }
 
 /// How serving a job ended.
@@ -53,11 +75,12 @@ impl Pool {
     /// # Errors
     /// A library that cannot be loaded, a PIN that is refused. A token that is away is no error:
     /// it is waited for.
-    pub(super) fn start(settings: Settings) -> Result<Self, VaultError> {
+    pub(super) fn start(settings: Settings, known: Option<Known>) -> Result<Self, VaultError> {
         let module = Module::load(&settings.library).map_err(Fault::into_answer)?;
         let patience = settings.patience();
         let queue = Queue::new(settings.queue);
-        let shared = Arc::new(Shared { queue, settings, token: Mutex::new(None) });
+        let known = Mutex::new(known);
+        let shared = Arc::new(Shared { queue, settings, known, visits: AtomicU64::new(0) });
         let (alive, ended) = mpsc::channel();
         let supervisor = std::thread::Builder::new().name("hsm-supervisor".to_owned()).spawn({
             let shared = Arc::clone(&shared);
@@ -87,21 +110,45 @@ impl Pool {
         work: impl FnMut(&Seat) -> Result<T, Fault> + Send + 'static,
     ) -> Result<T, VaultError> {
         let (call, ticket, answer) = Call::new(work, undo);
+        let waiting = Waiting(ticket);
         self.shared.queue.submit(call)?;
         match tokio::time::timeout(deadline, answer).await {
             Ok(Ok(answer)) => answer,
             // The worker panicked and dropped the job.
             Ok(Err(_)) => Err(VaultError::Unavailable { cause: "a worker ended".to_owned() }),
             Err(_) => {
-                ticket.expire();
+                waiting.0.expire();
                 Err(VaultError::TimedOut)
             }
         }
     }
 
     /// The token that was found, once it was.
-    pub(super) fn token(&self) -> Option<Token> {
-        self.shared.token()
+    pub(super) fn known(&self) -> Option<Known> {
+        self.shared.known()
+    }
+
+    /// `None` while something may still return in time.
+    pub(super) fn standstill(&self) -> Option<Standstill> {
+        let visits = self.shared.visits.load(Ordering::Relaxed);
+        match visits % 2 {
+            0 => self.shared.queue.standstill().map(Standstill::Calls),
+            _ => Some(Standstill::Connecting(visits)),
+        }
+    }
+
+    /// What was counted, and how full it is now.
+    pub(super) fn statistics(&self) -> Statistics {
+        let size = |number: usize| u64::try_from(number).unwrap_or(u64::MAX);
+        let load = self.shared.queue.load();
+        Statistics {
+            sessions: size(load.crew),
+            busy: size(load.at_work),
+            queued: size(load.waiting),
+            most_sessions: size(self.shared.settings.sessions),
+            most_queued: size(self.shared.settings.queue),
+            ..statistics::counted()
+        }
     }
 
     pub(super) fn settings(&self) -> &Settings {
@@ -120,8 +167,22 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn token(&self) -> Option<Token> {
-        self.token.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    fn known(&self) -> Option<Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn visit(&self) -> Visit<'_> {
+        self.visits.fetch_add(1, Ordering::Relaxed);
+        Visit(self)
+    }
+}
+
+/// The supervisor is in the library.
+struct Visit<'a>(&'a Shared);
+
+impl Drop for Visit<'_> {
+    fn drop(&mut self) {
+        self.0.visits.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -129,7 +190,10 @@ fn supervise(shared: &Arc<Shared>, module: Arc<Module>) {
     let mut module = Some(module);
     let mut failures = 0;
     loop {
-        match muster(shared, module.as_ref()) {
+        let visit = shared.visit();
+        let mustered = muster(shared, module.as_ref());
+        drop(visit);
+        match mustered {
             Ok(()) => {
                 failures = 0;
                 see_off(shared);
@@ -141,14 +205,19 @@ fn supervise(shared: &Arc<Shared>, module: Arc<Module>) {
         }
         match shared.queue.phase() {
             Phase::Broken(Repair::Sessions, _) => continue,
-            Phase::Closed | Phase::Refused(_) => break,
-            Phase::Starting | Phase::Up | Phase::Broken(..) | Phase::Down(_) => {}
+            Phase::Closed => break,
+            Phase::Starting
+            | Phase::Refused(_)
+            | Phase::Up
+            | Phase::Broken(..)
+            | Phase::Down(_) => {}
         }
         if let Some(module) = &module {
+            let _visit = shared.visit();
             module.finalise();
         }
-        if failures > 0 {
-            shared.queue.wait(pause(failures), |phase, _| *phase == Phase::Closed);
+        if failures > 0 && !pause(shared, failures) {
+            break;
         }
         if module.is_none() || (failures > 0 && failures % RELOAD_AFTER == 0) {
             drop(module.take());
@@ -166,27 +235,51 @@ fn muster(shared: &Arc<Shared>, module: Option<&Arc<Module>>) -> Result<(), Faul
     let module = module.ok_or_else(|| Fault::device("the PKCS#11 library cannot be loaded"))?;
     module.initialise()?;
     let token = module.token(&settings.token)?;
-    if let Some(known) = shared.token()
+    let known = shared.known();
+    if let Some(Known { token: known, .. }) = &known
         && known.serial != token.serial
     {
         let (now, before) = (&token.serial, &known.serial);
         return Err(Fault::device(format!("token {now} is in the place of token {before}")));
     }
-    let sessions = module.sessions(&token, settings.sessions, &settings.pin)?;
+    // The crew before us has left. What it could not close would count against the token's limit.
+    module.raw().close_all_sessions(token.slot)?;
+    let sessions = log_in(settings, module, &token)?;
+    statistics::login(known.is_some());
     let handles = Arc::new(Handles::default());
     let seats: Vec<Seat> = sessions
         .into_iter()
         .map(|session| Seat::new(session, Arc::clone(&handles), Arc::clone(module)))
         .collect();
     if let Some(first) = seats.first() {
-        if shared.token().is_none() {
+        if known.is_none() {
             ops::plant_canary(first)?;
         }
-        first.canary()?;
+        let check_value = first.check_value()?;
+        if known.is_some_and(|known| known.check_value != check_value) {
+            let what = format!(
+                "{token} holds another canary key than before: it is a copy, or was made anew"
+            );
+            return Err(Fault::device(what));
+        }
+        settings.gcm.map_or(Ok(()), |choice| first.test_iv(choice))?;
+        let known = Known { token: token.clone(), check_value };
+        *shared.known.lock().unwrap_or_else(PoisonError::into_inner) = Some(known);
     }
     tracing::info!("HSM {token} is ready, {} sessions", seats.len());
-    *shared.token.lock().unwrap_or_else(PoisonError::into_inner) = Some(token);
     send_to_work(shared, seats)
+}
+
+fn log_in(settings: &Settings, module: &Module, token: &Token) -> Result<Vec<Session>, Fault> {
+    let pin = settings.pin.to_try().map_err(VaultError::Credential)?;
+    let sessions = module.sessions(token, settings.sessions, &pin);
+    sessions.map_err(|fault| {
+        let error = fault.into_answer();
+        if let VaultError::Credential(why) = &error {
+            settings.pin.refuse(&pin, why);
+        }
+        error.into()
+    })
 }
 
 fn send_to_work(shared: &Arc<Shared>, seats: Vec<Seat>) -> Result<(), Fault> {
@@ -241,7 +334,21 @@ fn report(shared: &Shared, fault: Fault, failures: u32) {
     shared.queue.down(Phase::Down(cause));
 }
 
-fn pause(failures: u32) -> Duration {
+/// Waits before the next attempt: a while, and for as long as the PIN is the refused one. False when
+/// the vault is dropped meanwhile.
+fn pause(shared: &Shared, failures: u32) -> bool {
+    let time = pause_after(failures);
+    loop {
+        if shared.queue.wait(time, |phase, _| *phase == Phase::Closed) {
+            return false;
+        }
+        if !shared.settings.pin.is_refused() {
+            return true;
+        }
+    }
+}
+
+fn pause_after(failures: u32) -> Duration {
     FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(10)).min(LONGEST_PAUSE)
 }
 
@@ -277,7 +384,7 @@ fn serve(seat: &Seat, job: &mut dyn Job) -> Outcome {
     match fault.class() {
         Some(Class::Session) => Outcome::Lost(Repair::Sessions, cause(fault)),
         Some(Class::Device) => Outcome::Lost(Repair::Device, cause(fault)),
-        Some(Class::Ambiguous) => match seat.canary() {
+        Some(Class::Ambiguous | Class::Capacity) => match seat.canary() {
             Ok(()) => Outcome::Failed(fault.into_answer()),
             Err(canary) if canary.class() == Some(Class::Session) => {
                 Outcome::Lost(Repair::Sessions, cause(canary))

@@ -5,6 +5,7 @@
 
 use crate::pkcs11::error::Fault;
 use crate::pkcs11::seat::Seat;
+use crate::statistics;
 use crate::vault::VaultError;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,6 +34,19 @@ pub(super) trait Job: Send {
 #[derive(Debug, Default)]
 pub(super) struct Ticket {
     overdue: AtomicBool,
+    left: AtomicBool,
+    /// When its caller came.
+    since: Duration,
+}
+
+/// A caller that waits. It may leave at any time, and its job then counts as one that nobody waits for.
+#[derive(Debug)]
+pub(super) struct Waiting(pub(super) Arc<Ticket>);
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.0.left.store(true, Ordering::Relaxed);
+    }
 }
 
 /// A job made of a closure.
@@ -43,6 +57,14 @@ pub(super) struct Call<T, F> {
     answer: Option<oneshot::Sender<Result<T, VaultError>>>,
     ticket: Arc<Ticket>,
     retries: u8,
+}
+
+/// How much there is to do, and who does it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Load {
+    pub(super) crew: usize,
+    pub(super) at_work: usize,
+    pub(super) waiting: usize,
 }
 
 /// What takes back the effect of a job whose caller has left.
@@ -68,7 +90,7 @@ pub(super) enum Phase {
     Broken(Repair, String),
     /// Repair has failed and is tried again with pauses; requests are refused at once.
     Down(String),
-    /// The PIN was refused; nothing more is tried.
+    /// The PIN was refused; nothing more is tried before it is replaced.
     Refused(String),
     /// The vault is being dropped.
     Closed,
@@ -90,6 +112,8 @@ struct State {
     jobs: VecDeque<Box<dyn Job>>,
     at_work: Vec<Arc<Ticket>>,
     crew: usize,
+    /// How many jobs workers have come back from.
+    done: u64,
 }
 
 impl<T, F> Call<T, F> {
@@ -98,7 +122,7 @@ impl<T, F> Call<T, F> {
         undo: Option<Undo>,
     ) -> (Box<Self>, Arc<Ticket>, oneshot::Receiver<Result<T, VaultError>>) {
         let (sender, receiver) = oneshot::channel();
-        let ticket = Arc::new(Ticket::default());
+        let ticket = Arc::new(Ticket { since: statistics::now(), ..Ticket::default() });
         let call = Self {
             work: Some(work),
             undo,
@@ -158,8 +182,13 @@ impl Ticket {
 
 impl Queue {
     pub(super) fn new(capacity: usize) -> Self {
-        let state =
-            State { phase: Phase::Starting, jobs: VecDeque::new(), at_work: Vec::new(), crew: 0 };
+        let state = State {
+            phase: Phase::Starting,
+            jobs: VecDeque::new(),
+            at_work: Vec::new(),
+            crew: 0,
+            done: 0,
+        };
         Self { state: Mutex::new(state), work: Condvar::new(), change: Condvar::new(), capacity }
     }
 
@@ -192,6 +221,7 @@ impl Queue {
             while let Some(job) = state.jobs.pop_front() {
                 if job.wanted() {
                     state.at_work.push(Arc::clone(job.ticket()));
+                    statistics::waited(job.ticket().since);
                     return Some(job);
                 }
             }
@@ -201,7 +231,9 @@ impl Queue {
 
     /// A worker has finished what it took.
     pub(super) fn done(&self, ticket: &Arc<Ticket>) {
-        self.state().at_work.retain(|other| !Arc::ptr_eq(other, ticket));
+        let mut state = self.state();
+        state.at_work.retain(|other| !Arc::ptr_eq(other, ticket));
+        state.done += 1;
     }
 
     /// A worker has lost its session or the device. Its job is served again after the repair.
@@ -253,6 +285,21 @@ impl Queue {
             job.fail(refused.clone().unwrap_or(VaultError::Busy));
         }
         self.wake_all();
+    }
+
+    /// How many jobs are done, while only such are under way as nobody waits for.
+    pub(super) fn standstill(&self) -> Option<u64> {
+        let state = self.state();
+        let alone = |ticket: &Arc<Ticket>| ticket.left.load(Ordering::Relaxed);
+        let still = !state.at_work.is_empty() && state.at_work.iter().all(alone);
+        still.then_some(state.done)
+    }
+
+    pub(super) fn load(&self) -> Load {
+        let state = self.state();
+        // A crew whose time is over has sessions that nobody can use.
+        let crew = if state.phase == Phase::Up { state.crew } else { 0 };
+        Load { crew, at_work: state.at_work.len().min(crew), waiting: state.jobs.len() }
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -440,6 +487,23 @@ mod tests {
         queue.done(&first);
         let (served, _, _answer) = job();
         assert_eq!(queue.submit(served), Ok(()));
+    }
+
+    #[test]
+    fn it_stands_still_while_only_calls_are_under_way_that_nobody_waits_for() {
+        let queue = up(4, 2);
+        assert_eq!(queue.standstill(), None);
+        let (one, first, _one) = job();
+        let (two, second, _two) = job();
+        queue.submit(one).unwrap();
+        queue.submit(two).unwrap();
+        let _running = (queue.take().unwrap(), queue.take().unwrap());
+        drop(Waiting(first.clone()));
+        assert_eq!(queue.standstill(), None, "the second may still return");
+        queue.done(&second);
+        assert_eq!(queue.standstill(), Some(1));
+        queue.done(&first);
+        assert_eq!(queue.standstill(), None);
     }
 
     #[test]

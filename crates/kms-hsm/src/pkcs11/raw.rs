@@ -5,13 +5,15 @@
 //! file of the product with unsafe code.
 
 use crate::pkcs11::error::Fault;
+use crate::statistics::timed;
 use cryptoki::context::Function;
 use cryptoki::error::{Error, Rv};
 use cryptoki::object::ObjectHandle;
 use cryptoki::session::Session;
 use cryptoki_sys::{
-    CK_BYTE, CK_FUNCTION_LIST, CK_MECHANISM, CK_MECHANISM_TYPE, CK_OBJECT_HANDLE, CK_RV,
-    CK_SESSION_HANDLE, CK_ULONG, CKM_AES_CBC_PAD, CKM_SHA256_RSA_PKCS, CKM_SHA512_HMAC,
+    CK_BYTE, CK_FUNCTION_LIST, CK_GCM_PARAMS, CK_MECHANISM, CK_MECHANISM_TYPE, CK_OBJECT_HANDLE,
+    CK_RV, CK_SESSION_HANDLE, CK_ULONG, CKM_AES_CBC_PAD, CKM_AES_GCM, CKM_SHA256_RSA_PKCS,
+    CKM_SHA512_HMAC,
 };
 use std::path::Path;
 use std::ptr;
@@ -19,10 +21,13 @@ use zeroize::Zeroizing;
 
 pub(super) const BLOCK: usize = 16;
 pub(super) const HMAC_LEN: usize = 64;
+/// The tag of AES-GCM, whole.
+pub(super) const TAG_LEN: usize = 16;
+const TAG_BITS: CK_ULONG = 128;
 /// RSA-4096; ours are shorter.
 const SIGNATURE_MAX: usize = 512;
 
-/// `C_*Init` of the three operations.
+/// `C_*Init` of the operations.
 type Init = unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_MECHANISM, CK_OBJECT_HANDLE) -> CK_RV;
 
 /// `C_Encrypt`, `C_Decrypt` and `C_Sign`: session, input and its length, output and its length.
@@ -45,7 +50,18 @@ struct Operation<'a> {
     init: (Option<Init>, Function),
     work: (Option<Work>, Function),
     mechanism: CK_MECHANISM_TYPE,
-    iv: Option<&'a [u8; BLOCK]>,
+    parameters: Parameters<'a>,
+}
+
+/// The parameters of a mechanism.
+enum Parameters<'a> {
+    None,
+    Iv(&'a [u8; BLOCK]),
+    /// The module may write into the IV, and does where the HSM makes it.
+    Gcm {
+        iv: &'a mut [u8],
+        context: &'a [u8],
+    },
 }
 
 impl Raw {
@@ -82,7 +98,7 @@ impl Raw {
             init: (self.functions.C_EncryptInit, Function::EncryptInit),
             work: (self.functions.C_Encrypt, Function::Encrypt),
             mechanism: CKM_AES_CBC_PAD,
-            iv: Some(iv),
+            parameters: Parameters::Iv(iv),
         };
         let mut ciphertext = vec![0; (plaintext.len() / BLOCK + 1) * BLOCK];
         let len = operation.run(session, key, plaintext, &mut ciphertext)?;
@@ -102,12 +118,65 @@ impl Raw {
             init: (self.functions.C_DecryptInit, Function::DecryptInit),
             work: (self.functions.C_Decrypt, Function::Decrypt),
             mechanism: CKM_AES_CBC_PAD,
-            iv: Some(iv),
+            parameters: Parameters::Iv(iv),
         };
         let mut plaintext = Zeroizing::new(vec![0; ciphertext.len()]);
         let len = operation.run(session, key, ciphertext, &mut plaintext)?;
         plaintext.truncate(len);
         Ok(plaintext)
+    }
+
+    /// AES-GCM: ciphertext and tag, and behind them whatever else the module appends, at most `room` bytes.
+    pub(super) fn gcm_encrypt(
+        &self,
+        session: &Session,
+        key: ObjectHandle,
+        iv: &mut [u8],
+        context: &[u8],
+        plaintext: &[u8],
+        room: usize,
+    ) -> Result<Vec<u8>, Fault> {
+        let operation = Operation {
+            init: (self.functions.C_EncryptInit, Function::EncryptInit),
+            work: (self.functions.C_Encrypt, Function::Encrypt),
+            mechanism: CKM_AES_GCM,
+            parameters: Parameters::Gcm { iv, context },
+        };
+        let mut ciphertext = vec![0; plaintext.len() + TAG_LEN + room];
+        let len = operation.run(session, key, plaintext, &mut ciphertext)?;
+        ciphertext.truncate(len);
+        Ok(ciphertext)
+    }
+
+    /// AES-GCM, into a buffer that is wiped. `ciphertext` ends with the tag.
+    pub(super) fn gcm_decrypt(
+        &self,
+        session: &Session,
+        key: ObjectHandle,
+        iv: &[u8],
+        context: &[u8],
+        ciphertext: &[u8],
+    ) -> Result<Zeroizing<Vec<u8>>, Fault> {
+        let mut iv = iv.to_vec();
+        let operation = Operation {
+            init: (self.functions.C_DecryptInit, Function::DecryptInit),
+            work: (self.functions.C_Decrypt, Function::Decrypt),
+            mechanism: CKM_AES_GCM,
+            parameters: Parameters::Gcm { iv: &mut iv, context },
+        };
+        let mut plaintext = Zeroizing::new(vec![0; ciphertext.len()]);
+        let len = operation.run(session, key, ciphertext, &mut plaintext)?;
+        plaintext.truncate(len);
+        Ok(plaintext)
+    }
+
+    /// Closes what sessions this process still has on a slot, of whose numbers nobody knows any more.
+    #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
+    pub(super) fn close_all_sessions(&self, slot: CK_ULONG) -> Result<(), Fault> {
+        let close = self.functions.C_CloseAllSessions.ok_or(Error::NullFunctionPointer)?;
+        // SAFETY: a number is all that the function takes.
+        let code = unsafe { close(slot) };
+        Ok(Rv::from(code).into_result(Function::CloseAllSessions)?)
     }
 
     /// HMAC-SHA-512, all 64 bytes of it.
@@ -143,7 +212,7 @@ impl Raw {
             init: (self.functions.C_SignInit, Function::SignInit),
             work: (self.functions.C_Sign, Function::Sign),
             mechanism,
-            iv: None,
+            parameters: Parameters::None,
         }
     }
 }
@@ -152,7 +221,7 @@ impl Operation<'_> {
     /// Runs both calls and returns how many bytes of `output` the module has filled.
     #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
     fn run(
-        self,
+        mut self,
         session: &Session,
         key: ObjectHandle,
         input: &[u8],
@@ -160,17 +229,28 @@ impl Operation<'_> {
     ) -> Result<usize, Fault> {
         let init = self.init.0.ok_or(Error::NullFunctionPointer)?;
         let work = self.work.0.ok_or(Error::NullFunctionPointer)?;
-        let mut mechanism = self.parameters()?;
-        // SAFETY: the session is ours alone (Session is not Sync), `mechanism` and the IV that it
-        // points to live to the end of this function, and the module copies both.
-        let code = unsafe { init(session.handle(), &raw mut mechanism, key.handle()) };
+        let mut gcm = self.parameters.gcm()?;
+        let (parameter, len) = match (&self.parameters, &mut gcm) {
+            (Parameters::Iv(iv), _) => (iv.as_ptr().cast_mut().cast(), iv.len()),
+            (_, Some(gcm)) => (ptr::from_mut(gcm).cast(), size_of::<CK_GCM_PARAMS>()),
+            _ => (ptr::null_mut(), 0),
+        };
+        let len = CK_ULONG::try_from(len).map_err(Error::from)?;
+        let mut mechanism =
+            CK_MECHANISM { mechanism: self.mechanism, pParameter: parameter, ulParameterLen: len };
+        // SAFETY: the session is ours alone (Session is not Sync). `mechanism`, its parameters and the
+        // IV that they point to live to the end of this function, after the last call; the IV of
+        // AES-GCM may be written to, and comes from a mutable slice.
+        let code = timed(self.init.1, || unsafe {
+            init(session.handle(), &raw mut mechanism, key.handle())
+        });
         Rv::from(code).into_result(self.init.1)?;
 
         let mut len = CK_ULONG::try_from(output.len()).map_err(Error::from)?;
         let input_len = CK_ULONG::try_from(input.len()).map_err(Error::from)?;
         // SAFETY: the pointers and lengths are those of two live slices. The module reads the
         // input, which C declares mutable for old compilers' sake, and writes at most `len` bytes.
-        let code = unsafe {
+        let code = timed(self.work.1, || unsafe {
             work(
                 session.handle(),
                 input.as_ptr().cast_mut(),
@@ -178,7 +258,7 @@ impl Operation<'_> {
                 output.as_mut_ptr(),
                 &raw mut len,
             )
-        };
+        });
         Rv::from(code).into_result(self.work.1)?;
         let len = usize::try_from(len).map_err(Error::from)?;
         if len > output.len() {
@@ -186,13 +266,21 @@ impl Operation<'_> {
         }
         Ok(len)
     }
+}
 
-    fn parameters(&self) -> Result<CK_MECHANISM, Error> {
-        let (parameter, len) = match self.iv {
-            Some(iv) => (iv.as_ptr().cast_mut().cast(), CK_ULONG::try_from(iv.len())?),
-            None => (ptr::null_mut(), 0),
-        };
-        Ok(CK_MECHANISM { mechanism: self.mechanism, pParameter: parameter, ulParameterLen: len })
+impl Parameters<'_> {
+    fn gcm(&mut self) -> Result<Option<CK_GCM_PARAMS>, Error> {
+        let Self::Gcm { iv, context } = self else { return Ok(None) };
+        let len = CK_ULONG::try_from(iv.len())?;
+        Ok(Some(CK_GCM_PARAMS {
+            pIv: if iv.is_empty() { ptr::null_mut() } else { iv.as_mut_ptr() },
+            ulIvLen: len,
+            // Luna reads this one.
+            ulIvBits: len * 8,
+            pAAD: context.as_ptr().cast_mut(),
+            ulAADLen: CK_ULONG::try_from(context.len())?,
+            ulTagBits: TAG_BITS,
+        }))
     }
 }
 

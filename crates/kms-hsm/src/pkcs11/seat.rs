@@ -5,15 +5,18 @@
 //! starts with an empty map.
 
 use crate::pkcs11::error::{Class, Fault};
+use crate::pkcs11::gcm::{self, IvChoice, IvMode};
 use crate::pkcs11::keys::{self, Kind};
 use crate::pkcs11::module::Module;
 use crate::pkcs11::raw::{BLOCK, Raw};
+use crate::statistics::timed;
 use crate::vault::VaultError;
+use cryptoki::context::Function;
 use cryptoki::object::{Attribute, ObjectHandle};
 use cryptoki::session::{Session, SessionState};
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use uuid::Uuid;
 
 /// How many handles one C_FindObjects may return. A token of 5,000 versions answers in 40 calls.
@@ -27,9 +30,12 @@ pub(super) struct Seat {
     module: Arc<Module>,
 }
 
-/// Object handles by CKA_ID and kind, valid for one login.
+/// What holds for one login: object handles by CKA_ID and kind, and what the self-test has found.
 #[derive(Debug, Default)]
-pub(super) struct Handles(Mutex<HashMap<(Uuid, Kind), ObjectHandle>>);
+pub(super) struct Handles {
+    known: Mutex<HashMap<(Uuid, Kind), ObjectHandle>>,
+    iv_mode: OnceLock<Result<IvMode, String>>,
+}
 
 impl Seat {
     pub(super) fn new(session: Session, handles: Arc<Handles>, module: Arc<Module>) -> Self {
@@ -72,10 +78,10 @@ impl Seat {
     /// A session that was logged out behind our back sees no private objects, and would report
     /// every key as lost; so an answer counts only while the login lasts.
     pub(super) fn find(&self, search: &[Attribute]) -> Result<Vec<ObjectHandle>, Fault> {
-        let found = self
-            .session
-            .iter_objects_with_cache_size(search, FIND_AT_ONCE)?
-            .collect::<Result<Vec<_>, _>>()?;
+        let found = timed(Function::FindObjects, || {
+            let found = self.session.iter_objects_with_cache_size(search, FIND_AT_ONCE)?;
+            found.collect::<Result<Vec<_>, _>>()
+        })?;
         match self.session.get_session_info()?.session_state() {
             SessionState::RwUser | SessionState::RoUser => Ok(found),
             state => Err(Fault::session(format!("no longer logged in ({state:?})"))),
@@ -94,12 +100,45 @@ impl Seat {
         self.handles.lock().clear();
     }
 
+    /// Has the self-test find out who makes the IV of AES-GCM on this token.
+    ///
+    /// # Errors
+    /// Those of a token that is lost meanwhile; a test that is not passed is remembered.
+    pub(super) fn test_iv(&self, choice: IvChoice) -> Result<(), Fault> {
+        let found = gcm::self_test(self, choice)?;
+        match &found {
+            Ok(mode) => tracing::info!("AES-GCM has passed its self-test, IV mode \"{mode}\""),
+            Err(cause) => tracing::error!("{cause}"),
+        }
+        let _first_of_this_login = self.handles.iv_mode.set(found);
+        Ok(())
+    }
+
+    /// What [`Seat::test_iv`] has found.
+    ///
+    /// # Errors
+    /// `Policy` where no mode is safe, or none was looked for.
+    pub(super) fn iv_mode(&self) -> Result<IvMode, Fault> {
+        let refused = |cause: &str| Fault::from(VaultError::Policy(cause.to_owned()));
+        match self.handles.iv_mode.get() {
+            Some(Ok(mode)) => Ok(*mode),
+            Some(Err(cause)) => Err(refused(cause)),
+            None => Err(refused("AES-GCM is not switched on")),
+        }
+    }
+
     /// Finds the canary, encrypts and decrypts with it.
     ///
     /// # Errors
     /// A stale handle, a lost session, or else a lost device: an answer about data would prove
     /// nothing here.
     pub(super) fn canary(&self) -> Result<(), Fault> {
+        self.check_value().map(drop)
+    }
+
+    /// Like [`Seat::canary`]; returns what every token with this canary key, and no other, makes of
+    /// the same input.
+    pub(super) fn check_value(&self) -> Result<Vec<u8>, Fault> {
         self.sing().map_err(|fault| match fault {
             Fault::Token { class: Class::Handle | Class::Session, .. } => fault,
             Fault::Token { what, .. } => Fault::device(format!("canary: {what}")),
@@ -107,7 +146,7 @@ impl Seat {
         })
     }
 
-    fn sing(&self) -> Result<(), Fault> {
+    fn sing(&self) -> Result<Vec<u8>, Fault> {
         let known = [0x5a; 2 * BLOCK];
         let iv = [0; BLOCK];
         let key = self.key(keys::CANARY, Kind::Canary)?;
@@ -116,7 +155,7 @@ impl Seat {
         if ciphertext.starts_with(&known) || plaintext.as_slice() != known {
             return Err(Fault::device("the token computes wrongly"));
         }
-        Ok(())
+        Ok(ciphertext)
     }
 
     /// What it means that a key was not found. SoftHSM, when its volume is unmounted, goes on as a
@@ -137,6 +176,6 @@ pub(super) fn emptied() -> Fault {
 
 impl Handles {
     fn lock(&self) -> MutexGuard<'_, HashMap<(Uuid, Kind), ObjectHandle>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -8,7 +8,7 @@ use aws_lc_rs::rsa::PublicKeyComponents;
 use aws_lc_rs::signature::RSA_PKCS1_2048_8192_SHA256;
 use kms_core::secret::SecretBytes;
 use kms_core::wdek::mac_context;
-use kms_hsm::{MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Vault, VaultError, Wrapped};
+use kms_hsm::{MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -27,6 +27,7 @@ pub(crate) fn all() -> Vec<(&'static str, Case)> {
     cases![
         what_is_wrapped_is_unwrapped,
         no_two_wraps_are_alike,
+        gcm_binds_and_opens_as_the_other_format,
         input_that_cannot_be_wrapped_is_refused,
         another_version_or_context_is_not_authentic,
         every_flipped_bit_is_not_authentic,
@@ -35,6 +36,7 @@ pub(crate) fn all() -> Vec<(&'static str, Case)> {
         two_creators_of_one_version_make_one,
         an_imported_key_is_the_one_that_wraps,
         key_material_of_other_lengths_is_refused,
+        a_check_value_names_one_version_only,
         random_bytes_do_not_repeat,
         signatures_verify_outside,
         one_signing_key_for_all_who_ask,
@@ -63,6 +65,38 @@ async fn no_two_wraps_are_alike(vault: Shared) {
     assert_ne!(one.iv, two.iv);
     assert_ne!(one.ciphertext, two.ciphertext);
     assert_ne!(one.hash, two.hash);
+}
+
+async fn gcm_binds_and_opens_as_the_other_format(vault: Shared) {
+    let (id, other) = (fresh_version(&vault).await, fresh_version(&vault).await);
+    for len in [1, 16, 32, MAX_PLAINTEXT] {
+        let sealed = vault.wrap_gcm(id, b"c", pattern(len)).await.unwrap();
+        assert_eq!(sealed.ciphertext.len(), len + 16);
+        let opened = vault.unwrap_gcm(id, b"c", sealed).await.unwrap();
+        assert_eq!(opened.as_slice(), pattern(len).as_slice());
+    }
+    for len in [0, MAX_PLAINTEXT + 1] {
+        let refused = vault.wrap_gcm(id, b"c", pattern(len)).await;
+        assert!(matches!(refused, Err(VaultError::BadInput(_))), "{len}: {refused:?}");
+    }
+    let one = vault.wrap_gcm(id, b"c", pattern(32)).await.unwrap();
+    let two = vault.wrap_gcm(id, b"c", pattern(32)).await.unwrap();
+    assert!(one.iv != two.iv && one.ciphertext != two.ciphertext);
+    let mixed = Sealed { iv: two.iv, ..one.clone() };
+    let short = Sealed { ciphertext: one.ciphertext[..15].to_vec(), ..one.clone() };
+    let no_iv = Sealed { iv: Vec::new(), ..one.clone() };
+    for (id, context, sealed) in [
+        (other, &b"c"[..], one.clone()),
+        (id, b"d", one.clone()),
+        (id, b"c", mixed),
+        (id, b"c", short),
+        (id, b"c", no_iv),
+    ] {
+        let refused = vault.unwrap_gcm(id, context, sealed.clone()).await.map(|_| ());
+        assert_eq!(refused, Err(VaultError::NotAuthentic), "{sealed:?}");
+    }
+    let unknown = vault.unwrap_gcm(Uuid::new_v4(), b"c", one).await.map(|_| ());
+    assert_eq!(unknown, Err(VaultError::NotFound));
 }
 
 async fn input_that_cannot_be_wrapped_is_refused(vault: Shared) {
@@ -194,6 +228,23 @@ async fn key_material_of_other_lengths_is_refused(vault: Shared) {
         assert!(matches!(refused, Err(VaultError::BadInput(_))), "{len}: {refused:?}");
         assert!(!vault.versions().await.unwrap().contains(&id));
     }
+}
+
+async fn a_check_value_names_one_version_only(vault: Shared) {
+    let (one, other) = (fresh_version(&vault).await, fresh_version(&vault).await);
+    let value = vault.check_value(one).await.unwrap();
+    assert_eq!(vault.check_value(one).await.unwrap(), value);
+    assert_ne!(vault.check_value(other).await.unwrap(), value);
+    let material = || SecretBytes::new(vec![7; 32]);
+    let [first, second] = [Uuid::new_v4(), Uuid::new_v4()];
+    vault.import_version(first, material()).await.unwrap();
+    vault.import_version(second, material()).await.unwrap();
+    let values =
+        [vault.check_value(first).await.unwrap(), vault.check_value(second).await.unwrap()];
+    assert_ne!(values[0], values[1], "one key, but not one version");
+    vault.destroy_version(one).await.unwrap();
+    assert_eq!(vault.check_value(one).await, Err(VaultError::NotFound));
+    assert!(vault.serial().is_some_and(|serial| !serial.is_empty()));
 }
 
 async fn random_bytes_do_not_repeat(vault: Shared) {

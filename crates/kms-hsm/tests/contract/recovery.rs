@@ -38,9 +38,7 @@ pub(crate) async fn a_token_that_goes_and_returns_is_served_again(token: TestTok
     vault.create_version(id).await.unwrap();
     let wrapped = vault.wrap(id, b"c", pattern(32)).await.unwrap();
     let door = token.back_door();
-    let away = token.home.join("away");
-    std::fs::rename(token.files(), &away).unwrap();
-    std::fs::create_dir(token.files()).unwrap();
+    token.unplug();
     door.context.finalize().unwrap();
 
     let gone = vault.unwrap(id, b"c", wrapped.clone()).await.unwrap_err();
@@ -51,8 +49,7 @@ pub(crate) async fn a_token_that_goes_and_returns_is_served_again(token: TestTok
         assert!(matches!(vault.probe().await, Err(VaultError::Unavailable { .. })));
     }
 
-    std::fs::remove_dir_all(token.files()).unwrap();
-    std::fs::rename(&away, token.files()).unwrap();
+    token.plug_in();
     eventually("the token is served again", async || vault.probe().await.is_ok()).await;
     assert!(vault.unwrap(id, b"c", wrapped).await.is_ok());
 }
@@ -62,10 +59,8 @@ pub(crate) async fn a_token_whose_files_vanish_says_unavailable_not_absent(token
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
     let wrapped = vault.wrap(id, b"c", pattern(32)).await.unwrap();
-    let away = token.home.join("away");
-    // SoftHSM notices nothing: its sessions live on, over a token without objects.
-    std::fs::rename(token.files(), &away).unwrap();
-    std::fs::create_dir(token.files()).unwrap();
+    // SoftHSM notices nothing: its sessions live on, over a token without objects. Kryoptic's fail.
+    token.vanish();
     let lost = |answer: Result<(), VaultError>| {
         assert!(matches!(answer, Err(VaultError::Unavailable { .. })), "{answer:?}");
     };
@@ -74,18 +69,16 @@ pub(crate) async fn a_token_whose_files_vanish_says_unavailable_not_absent(token
     lost(vault.create_version(Uuid::new_v4()).await);
     lost(vault.destroy_version(id).await);
     lost(vault.probe().await);
-    std::fs::remove_dir_all(token.files()).unwrap();
-    std::fs::rename(&away, token.files()).unwrap();
+    token.reappear();
     eventually("the token is served again", async || vault.probe().await.is_ok()).await;
     assert!(vault.unwrap(id, b"c", wrapped).await.is_ok());
 }
 
-pub(crate) async fn another_token_in_its_place_is_refused(token: TestToken) {
+pub(crate) async fn pitfall_21_another_token_in_its_place_is_refused(token: TestToken) {
     let vault = token.open();
     assert_eq!(vault.probe().await, Ok(()));
     token.back_door().context.finalize().unwrap();
-    std::fs::remove_dir_all(token.files()).unwrap();
-    std::fs::create_dir(token.files()).unwrap();
+    token.remove();
     let clone = init_token(&token.library, LABEL, &secret(SO_PIN), &secret(PIN)).unwrap();
 
     let Err(VaultError::Unavailable { cause }) = vault.probe().await else {
@@ -96,14 +89,18 @@ pub(crate) async fn another_token_in_its_place_is_refused(token: TestToken) {
 }
 
 pub(crate) async fn a_wrong_pin_is_tried_once(token: TestToken) {
-    let wrong = Settings { pin: secret("not the pin"), ..token.settings() };
+    let wrong = Settings { pin: secret("not the pin").into(), ..token.settings() };
     let refused = Pkcs11Vault::open(wrong).map(|_| ());
     assert_eq!(refused, Err(VaultError::Credential("C_Login: CKR_PIN_INCORRECT".to_owned())));
     assert_eq!(token.open().probe().await, Ok(()));
 }
 
-pub(crate) async fn a_pin_that_was_changed_stops_the_vault(token: TestToken) {
-    let vault = token.open();
+pub(crate) async fn a_pin_that_was_changed_stops_the_vault_until_it_hears_the_new_one(
+    token: TestToken,
+) {
+    let settings = token.settings();
+    let known = settings.pin.clone();
+    let vault = Pkcs11Vault::open(settings).unwrap();
     assert_eq!(vault.probe().await, Ok(()));
     let door = token.back_door();
     let pin = |text: &str| AuthPin::new(text.into());
@@ -113,10 +110,10 @@ pub(crate) async fn a_pin_that_was_changed_stops_the_vault(token: TestToken) {
     for _ in 0..100 {
         assert!(matches!(vault.probe().await, Err(VaultError::Credential(_))));
     }
-    // SoftHSM notes a failed login until the next good one. One that follows shows it was spared.
-    drop(vault);
-    let vault = Pkcs11Vault::open(Settings { pin: secret("another pin"), ..token.settings() });
-    assert_eq!(vault.unwrap().probe().await, Ok(()));
+    assert!(!known.replace(secret(PIN)), "the refused one is not tried again");
+    assert!(matches!(vault.probe().await, Err(VaultError::Credential(_))));
+    assert!(known.replace(secret("another pin")));
+    eventually("the other PIN opens the token", async || vault.probe().await.is_ok()).await;
 }
 
 pub(crate) async fn a_key_destroyed_elsewhere_is_not_found(token: TestToken) {

@@ -10,8 +10,13 @@ use cryptoki::session::Session;
 use kms_core::secret::SecretBytes;
 use kms_hsm::pkcs11::{Pkcs11Vault, Settings, TokenChoice, init_token};
 use kms_hsm::{Vault, VaultError};
+use std::fmt::{Debug, Write as _};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tracing::field::Field;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata};
 use uuid::Uuid;
 
 pub(crate) async fn keys_are_as_strong_as_they_were_ordered(token: TestToken) {
@@ -33,7 +38,7 @@ pub(crate) async fn keys_are_as_strong_as_they_were_ordered(token: TestToken) {
     assert_eq!(local(brought), Attribute::Local(false));
 }
 
-pub(crate) async fn key_values_never_come_out(token: TestToken) {
+pub(crate) async fn pitfall_01_key_values_never_come_out(token: TestToken) {
     let vault = token.open();
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
@@ -61,6 +66,60 @@ pub(crate) async fn key_values_never_come_out(token: TestToken) {
         }
     }
     assert!(vault.probe().await.is_ok());
+}
+
+pub(crate) async fn pitfall_02_keys_that_may_leave_the_token_are_reported(token: TestToken) {
+    let vault = token.open();
+    let (good, planted) = (Uuid::new_v4(), Uuid::new_v4());
+    vault.create_version(good).await.unwrap();
+    let session = token.back_door().session();
+    for (mechanism, length) in [(Mechanism::AesKeyGen, 32), (Mechanism::GenericSecretKeyGen, 64)] {
+        let template = [
+            Attribute::Token(true),
+            Attribute::Id(planted.as_bytes().to_vec()),
+            Attribute::ValueLen(length.into()),
+            Attribute::Sensitive(true),
+            Attribute::Extractable(true),
+        ];
+        session.generate_key(&mechanism, &template).unwrap();
+    }
+    let heard = Heard::default();
+    tracing::subscriber::set_global_default(heard.clone()).unwrap();
+    let mut both = vec![good, planted];
+    both.sort();
+    assert_eq!(vault.versions().await, Ok(both));
+    let said = heard.0.lock().unwrap().clone();
+    assert!(said.contains(&format!("a key of CRK version {planted} leave it")), "{said}");
+    assert!(!said.contains(&good.to_string()), "{said}");
+}
+
+/// What is logged, as one text.
+#[derive(Clone, Default)]
+struct Heard(Arc<Mutex<String>>);
+
+impl tracing::Subscriber for Heard {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        event.record(&mut |_: &Field, value: &dyn Debug| {
+            let mut text = self.0.lock().unwrap();
+            let _ = writeln!(text, "{value:?}");
+        });
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
 }
 
 pub(crate) async fn half_a_version_is_reported_and_not_used(token: TestToken) {

@@ -14,22 +14,33 @@ pub(super) const SECTION: &str = "PKCS11";
 #[derive(Debug, Clone)]
 pub struct Hsm {
     pub library: PathBuf,
-    pub token_label: String,
+    pub token: Token,
+    /// Another one is used from the next login on.
     pub pin: SecretText,
+    /// Where it was read, if not in the configuration itself.
+    pub pin_file: Option<PathBuf>,
     pub sessions: usize,
     pub deadline: Duration,
     /// `None` until the first one was made.
     pub crk_version: Option<Uuid>,
 }
 
+/// By what one token is told from others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Token {
+    Label(String),
+    Serial(String),
+    Slot(u64),
+}
+
 impl Hsm {
-    /// The way to the token is another one; which version wraps does not count.
+    /// The way to the token is another one; PIN and version can change while the process runs.
     pub(super) fn is_elsewhere(&self, other: &Hsm) -> bool {
         let way = |hsm: &Hsm| {
-            let Hsm { library, token_label, sessions, deadline, .. } = hsm;
-            (library.clone(), token_label.clone(), *sessions, *deadline)
+            let Hsm { library, token, sessions, deadline, .. } = hsm;
+            (library.clone(), token.clone(), *sessions, *deadline)
         };
-        way(self) != way(other) || self.pin.expose() != other.pin.expose()
+        way(self) != way(other)
     }
 }
 
@@ -39,15 +50,41 @@ pub(super) fn read(settings: &mut Settings) -> Option<Hsm> {
 
 fn hsm(section: &mut Section<'_>) -> Hsm {
     let sessions = section.number("SESSIONS", 1..=64, 2);
+    let (pin, pin_file) = match section.secret("PIN", "PIN_FILE") {
+        Some(mut pin) => (SecretText::new(std::mem::take(&mut *pin.text)), pin.file),
+        // The mistake was named.
+        None => (SecretText::default(), None),
+    };
     let deadline = section.number("DEADLINE_IN_MILLISECONDS", 10..=60_000, 2000);
     Hsm {
         // It need not be there yet: HSM drivers are mounted and installed by others.
         library: section.required("LIBRARY").into(),
-        token_label: section.required("TOKEN_LABEL"),
-        pin: pin(section),
+        token: token(section),
+        pin,
+        pin_file,
         sessions: usize::try_from(sessions).unwrap_or(usize::MAX),
         deadline: Duration::from_millis(deadline),
         crk_version: crk_version(section),
+    }
+}
+
+/// By one name, not by several that may contradict each other.
+fn token(section: &mut Section<'_>) -> Token {
+    let named = ["TOKEN_LABEL", "TOKEN_SERIAL", "SLOT"].map(|name| section.has(name));
+    let (label, serial) = (section.text("TOKEN_LABEL"), section.text("TOKEN_SERIAL"));
+    let slot = section.number("SLOT", 0..=u64::MAX, 0);
+    match (named, label, serial) {
+        ([true, false, false], Some(label), _) => Token::Label(label),
+        ([false, true, false], _, Some(serial)) => Token::Serial(serial),
+        ([false, false, true], ..) => Token::Slot(slot),
+        ([false, false, false], ..) => {
+            section.mistake("TOKEN_LABEL", "is missing (or TOKEN_SERIAL, or SLOT)");
+            Token::Label(String::new())
+        }
+        _ => {
+            section.mistake("TOKEN_LABEL", "or TOKEN_SERIAL or SLOT names the token; keep one");
+            Token::Label(String::new())
+        }
     }
 }
 
@@ -67,34 +104,4 @@ fn parsed(section: &mut Section<'_>, name: &str, text: &str) -> Uuid {
         section.mistake(name, "must be a UUID");
         Uuid::nil()
     })
-}
-
-fn pin(section: &mut Section<'_>) -> SecretText {
-    match (section.has("PIN"), section.has("PIN_FILE")) {
-        (true, false) => SecretText::new(section.required("PIN")),
-        (false, true) => pin_in_file(section),
-        (true, true) => {
-            section.text("PIN");
-            section.text("PIN_FILE");
-            section.mistake("PIN", "and PIN_FILE are both set; only one of them may be");
-            SecretText::default()
-        }
-        (false, false) => {
-            section.mistake("PIN", "is missing (or PIN_FILE, the file that holds it)");
-            SecretText::default()
-        }
-    }
-}
-
-fn pin_in_file(section: &mut Section<'_>) -> SecretText {
-    let path = super::schema::file(section, "PIN_FILE");
-    // What cannot be read was named as a mistake already.
-    let bytes = super::read_file(&path).map(zeroize::Zeroizing::new).unwrap_or_default();
-    match std::str::from_utf8(&bytes) {
-        Ok(text) => SecretText::new(text.trim().to_owned()),
-        Err(_) => {
-            section.mistake("PIN_FILE", "names a file that is not text");
-            SecretText::default()
-        }
-    }
 }

@@ -62,6 +62,9 @@ pub(super) fn apply(settings: &mut Settings, environment: &Environment) {
     settings.replace("KP_CONFIG", current);
     settings.replace("KP_CONFIG_PREVIOUS", Value::Array(sections));
     settings.default("SERVER_CONFIG", "TOKEN_URL", json!(TOKEN_URL));
+    // The socket is in a volume of the pod, which everybody may write to who has it mounted (mode 0777): kube-apiserver
+    // and this container. HyperShift sets no name of ours that would say so.
+    settings.default("SERVER_CONFIG", "ALLOW_SHARED_DIRECTORY", json!(true));
     let token_ca = json!(public_cas(environment, "TOKEN_URL_CA_FILE"));
     settings.default("SERVER_CONFIG", "TOKEN_URL_CA_FILE", token_ca);
 }

@@ -21,7 +21,7 @@ use crate::keys::Policy;
 use crate::provider::guard::Patience;
 use crate::socket::{self, SocketAddress};
 
-pub use self::hsm::Hsm;
+pub use self::hsm::{Hsm, Token};
 pub use self::watch::watch;
 
 /// No configuration is longer; whatever is, was named by mistake.
@@ -149,8 +149,22 @@ impl Config {
             ApiKeySource::File(path) => Some(path.as_path()),
             ApiKeySource::Inline(_) => None,
         };
-        let files = cas.chain([self.server.token_ca.as_path()]).chain(api_key);
+        let pin = self.hsm.as_ref().and_then(|hsm| hsm.pin_file.as_deref());
+        let files = cas.chain([self.server.token_ca.as_path()]).chain(api_key).chain(pin);
         files.filter(|path| !path.as_os_str().is_empty()).collect()
+    }
+
+    /// What is right while a CRK is brought to all nodes, and wrong after it was used there: KP_CONFIG has a lower VERSION
+    /// than an earlier entry. No file shows which it is.
+    pub fn doubt(&self) -> Option<String> {
+        let (wraps, highest) =
+            (self.current.version, self.entries().map(|entry| entry.version).max()?);
+        (highest > wraps).then(|| {
+            format!(
+                "KP_CONFIG has VERSION {wraps}, KP_CONFIG_PREVIOUS has VERSION {highest}: right if VERSION {highest} is still to \
+                 come. If it was used already, KP_CONFIG needs a VERSION that was never used, for a key_id that was never used."
+            )
+        })
     }
 
     /// The names of settings that differ in `new` and take effect only when the process starts.

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use kms_api::token::ApiKeySource;
 use kms_core::cipher::v1;
-use kms_core::key_id::KeyId;
+use kms_core::crypto_module::CryptoModule;
+use kms_core::key_id::{KeyId, KeyIdError};
 use kms_core::secret::SecretText;
 use kms_daemon::settings::{Mistakes, Section, Settings};
 use kms_daemon::telemetry::{self, LogLevel};
@@ -18,6 +19,8 @@ use crate::provider::guard::Patience;
 use crate::socket::{AddressError, SocketAddress};
 
 const YEAR_IN_HOURS: u64 = 8760;
+/// How services name a CRK version: by a UUID.
+const LONGEST_VERSION: &str = "00000000-0000-0000-0000-000000000000";
 
 /// Reads all sections.
 ///
@@ -46,6 +49,7 @@ enum Way {
 }
 
 fn server_config(section: &mut Section<'_>, way: Way) -> Option<Server> {
+    check_module(section);
     let server = Server {
         region: section.text("REGION").unwrap_or_default(),
         socket: socket(section),
@@ -67,6 +71,15 @@ fn server_config(section: &mut Section<'_>, way: Way) -> Option<Server> {
         }
     };
     Some(Server { api_key, ..server })
+}
+
+/// A build cannot be changed while it runs: FIPS_REQUIRED is held to or refused here, and nowhere else asked for.
+fn check_module(section: &mut Section<'_>) {
+    if section.flag("FIPS_REQUIRED", false)
+        && let Err(cause) = CryptoModule::linked().require_fips()
+    {
+        section.mistake("FIPS_REQUIRED", &format!("is true, but {cause}"));
+    }
 }
 
 fn socket(section: &mut Section<'_>) -> Socket {
@@ -130,23 +143,12 @@ fn policy(section: &mut Section<'_>) -> Policy {
 }
 
 fn api_key(section: &mut Section<'_>) -> Option<ApiKeySource> {
-    let key = section.text("API_KEY");
-    match (key, section.has("API_KEY_FILE")) {
-        (Some(key), false) => {
-            refuse_placeholder(section, "API_KEY", &key);
-            Some(ApiKeySource::Inline(SecretText::new(key)))
-        }
-        (None, true) => Some(ApiKeySource::File(file(section, "API_KEY_FILE"))),
-        (Some(_), true) => {
-            section.text("API_KEY_FILE");
-            section.mistake("API_KEY", "and API_KEY_FILE are both set; only one of them may be");
-            None
-        }
-        (None, false) => {
-            section.mistake("API_KEY", "is missing (or API_KEY_FILE, the file that holds it)");
-            None
-        }
+    let mut key = section.secret("API_KEY", "API_KEY_FILE")?;
+    if let Some(path) = key.file {
+        return Some(ApiKeySource::File(path));
     }
+    refuse_placeholder(section, "API_KEY", &key.text);
+    Some(ApiKeySource::Inline(SecretText::new(std::mem::take(&mut *key.text))))
 }
 
 fn kp_config(section: &mut Section<'_>, default_version: Option<u64>, way: Way) -> KpConfig {
@@ -173,11 +175,18 @@ fn kp_config(section: &mut Section<'_>, default_version: Option<u64>, way: Way) 
 fn names(section: &mut Section<'_>) -> (String, String) {
     let crk_id = filled_in(section, "CRK_ID");
     let instance_id = filled_in(section, "INSTANCE_ID");
-    for (name, instance, crk) in [("CRK_ID", "i", &*crk_id), ("INSTANCE_ID", &*instance_id, "c")] {
-        let empty = instance.is_empty() || crk.is_empty();
-        if !empty && KeyId::new(instance, crk, "v").is_err() {
+    let mut printable = true;
+    for (name, text) in [("CRK_ID", &*crk_id), ("INSTANCE_ID", &*instance_id)] {
+        if matches!(KeyId::new(text, "c", "v"), Err(KeyIdError::Character(_))) {
             section.mistake(name, "must be printable ASCII without '/' and blanks");
+            printable = false;
         }
+    }
+    let longest = KeyId::of_entry(&instance_id, &crk_id, LONGEST_VERSION, i64::MAX);
+    if printable && matches!(longest, Err(KeyIdError::TooLong(_))) {
+        let text = "is too long together with INSTANCE_ID: both are part of a key_id, of which kube-apiserver takes \
+                    1024 bytes";
+        section.mistake("CRK_ID", text);
     }
     (crk_id, instance_id)
 }
@@ -248,7 +257,7 @@ fn url(section: &mut Section<'_>, name: &'static str) -> String {
 }
 
 /// A file that has to be there, with something in it.
-pub(super) fn file(section: &mut Section<'_>, name: &'static str) -> PathBuf {
+fn file(section: &mut Section<'_>, name: &'static str) -> PathBuf {
     let path = PathBuf::from(section.required(name));
     if path.as_os_str().is_empty() {
         return path;

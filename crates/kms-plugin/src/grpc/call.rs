@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
+use kms_api::trace::{TRACEPARENT, TraceParent};
 use tonic::metadata::MetadataMap;
 use tonic::{Response, Status};
 
 use super::status;
+use crate::metrics::Requests;
 use crate::sealer::{Call, Sealer};
 
 /// kube-apiserver's own default `timeout`, for callers that name none.
@@ -15,40 +17,64 @@ const LONGEST_DEADLINE: Duration = Duration::from_secs(60);
 /// kube-apiserver's uids are UUIDs.
 const MAX_UID: usize = 64;
 
-/// Names a method in logs and metrics.
-#[derive(Debug, Clone, Copy)]
+/// Names a method in logs, and counts its answers.
+#[derive(Debug)]
 pub(super) struct Method {
-    pub(super) api: &'static str,
-    pub(super) name: &'static str,
+    api: &'static str,
+    name: &'static str,
+    requests: Requests,
 }
 
-/// What the sealer must know of a request. The uid comes from outside and goes into log lines: cut and cleaned.
+impl Method {
+    pub(super) fn new(api: &'static str, name: &'static str, sealer: &Sealer) -> Method {
+        Method { api, name, requests: sealer.tools().metrics.requests(api, name) }
+    }
+}
+
+/// What the sealer must know of a request. The uid comes from outside and goes into log lines: cut and cleaned. So does
+/// `traceparent`, of which only what follows its standard is taken.
 pub(super) fn call(uid: &str, metadata: &MetadataMap) -> Call {
-    let printable = |char: char| if char.is_ascii_graphic() { char } else { '_' };
-    let uid = uid.chars().take(MAX_UID).map(printable).collect();
-    let deadline = metadata.get("grpc-timeout").and_then(|value| timeout(value.to_str().ok()?));
-    Call { uid, deadline: deadline.unwrap_or(DEFAULT_DEADLINE).min(LONGEST_DEADLINE) }
+    let uid = printable(uid);
+    let text = |name: &str| metadata.get(name).and_then(|value| value.to_str().ok());
+    let deadline = text("grpc-timeout").and_then(timeout).unwrap_or(DEFAULT_DEADLINE);
+    let trace = text(TRACEPARENT).and_then(TraceParent::parse);
+    Call { uid, trace, deadline: deadline.min(LONGEST_DEADLINE) }
 }
 
 /// Runs one request: afterwards it is in the metrics, and in the log. A request without a uid has an empty one.
 pub(super) async fn answer<T>(
     sealer: &Sealer,
-    method: Method,
-    uid: &str,
+    method: &Method,
+    call: &Call,
     work: impl Future<Output = Result<T, Status>>,
 ) -> Result<Response<T>, Status> {
-    let Method { api, name } = method;
-    let uid = (!uid.is_empty()).then_some(uid);
+    let Method { api, name, requests } = method;
+    let uid = Some(&*call.uid).filter(|uid| !uid.is_empty());
     let started = sealer.now();
     let result = work.await;
     let took = sealer.now().saturating_sub(started);
     let code = result.as_ref().map_or_else(Status::code, |_| tonic::Code::Ok);
-    sealer.tools().metrics.request(api, name, status::name(code), took);
+    requests.answered(status::name(code), took);
     match &result {
-        Ok(_) => tracing::debug!(uid, "{api} {name} answered in {took:?}."),
-        Err(status) => tracing::error!(uid, "{api} {name} failed: {}", status.message()),
+        Ok(_) => {
+            tracing::debug!(uid, trace_id = call.trace_id(), "{api} {name} answered in {took:?}.")
+        }
+        Err(status) => tracing::error!(
+            uid,
+            trace_id = call.trace_id(),
+            "{api} {name} failed: {}",
+            status.message()
+        ),
     }
     result.map(Response::new)
+}
+
+fn printable(uid: &str) -> String {
+    if uid.len() <= MAX_UID && uid.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return uid.to_owned();
+    }
+    let cleaned = |char: char| if char.is_ascii_graphic() { char } else { '_' };
+    uid.chars().take(MAX_UID).map(cleaned).collect()
 }
 
 /// At most eight digits and a unit (gRPC over HTTP/2, "Timeout").

@@ -18,20 +18,22 @@ use super::status;
 use crate::sealer::{Call, Sealer, SealerError};
 
 const API: &str = "v1beta1";
-const VERSION: Method = Method { api: API, name: "Version" };
-const ENCRYPT: Method = Method { api: API, name: "Encrypt" };
-const DECRYPT: Method = Method { api: API, name: "Decrypt" };
 
 #[derive(Debug)]
 pub(super) struct Service {
     sealer: Arc<Sealer>,
     /// KMS v1 has no uid; so that log lines of one request are found together, ours counts.
     requests: AtomicU64,
+    version: Method,
+    encrypt: Method,
+    decrypt: Method,
 }
 
 impl Service {
     pub(super) fn new(sealer: Arc<Sealer>) -> Service {
-        Service { sealer, requests: AtomicU64::new(0) }
+        let method = |name| Method::new(API, name, &sealer);
+        let [version, encrypt, decrypt] = ["Version", "Encrypt", "Decrypt"].map(method);
+        Service { sealer, requests: AtomicU64::new(0), version, encrypt, decrypt }
     }
 
     fn call(&self, metadata: &MetadataMap) -> Call {
@@ -48,7 +50,7 @@ impl KeyManagementService for Service {
         request: Request<VersionRequest>,
     ) -> Result<Response<VersionResponse>, Status> {
         let call = self.call(request.metadata());
-        answer(&self.sealer, VERSION, &call.uid, async {
+        answer(&self.sealer, &self.version, &call, async {
             Ok(VersionResponse {
                 version: API.to_owned(),
                 runtime_name: "Keelson kmsplugin".to_owned(),
@@ -64,7 +66,7 @@ impl KeyManagementService for Service {
     ) -> Result<Response<EncryptResponse>, Status> {
         let call = self.call(request.metadata());
         let payload = SecretBytes::new(request.into_inner().plain);
-        answer(&self.sealer, ENCRYPT, &call.uid.clone(), async {
+        answer(&self.sealer, &self.encrypt, &call.clone(), async {
             let cipher = self.sealer.encrypt_v1(payload, call).await.map_err(status::of)?;
             if !(1..=MAX_V1_CIPHER).contains(&cipher.len()) {
                 return Err(status::unsendable("cipher has a wrong length"));
@@ -80,7 +82,7 @@ impl KeyManagementService for Service {
     ) -> Result<Response<DecryptResponse>, Status> {
         let call = self.call(request.metadata());
         let cipher = request.into_inner().cipher;
-        answer(&self.sealer, DECRYPT, &call.uid.clone(), async {
+        answer(&self.sealer, &self.decrypt, &call.clone(), async {
             let payload = self.open(&cipher, call).await.map_err(status::of)?;
             Ok(DecryptResponse { plain: payload.into_vec() })
         })

@@ -20,9 +20,6 @@ use crate::config::StatusVersion;
 use crate::sealer::{Call, Sealed, Sealer, SealerError};
 
 const API: &str = "v2";
-const STATUS: Method = Method { api: API, name: "Status" };
-const ENCRYPT: Method = Method { api: API, name: "Encrypt" };
-const DECRYPT: Method = Method { api: API, name: "Decrypt" };
 /// The one word that counts as healthy. Anything else would be shown, but let writes go on for ever: when the plug-in
 /// cannot seal, Status fails instead.
 const HEALTHY: &str = "ok";
@@ -31,18 +28,26 @@ const HEALTHY: &str = "ok";
 pub(super) struct Service {
     sealer: Arc<Sealer>,
     status_version: StatusVersion,
+    status: Method,
+    encrypt: Method,
+    decrypt: Method,
 }
 
 impl Service {
     pub(super) fn new(sealer: Arc<Sealer>, status_version: StatusVersion) -> Service {
-        Service { sealer, status_version }
+        let method = |name| Method::new(API, name, &sealer);
+        let [status, encrypt, decrypt] = ["Status", "Encrypt", "Decrypt"].map(method);
+        Service { sealer, status_version, status, encrypt, decrypt }
     }
 }
 
 #[tonic::async_trait]
 impl KeyManagementService for Service {
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        answer(&self.sealer, STATUS, "", async {
+    async fn status(
+        &self,
+        request: Request<StatusRequest>,
+    ) -> Result<Response<StatusResponse>, Status> {
+        answer(&self.sealer, &self.status, &call("", request.metadata()), async {
             let key_id = self.sealer.status().map_err(status::of)?.key_id.to_string();
             Ok(StatusResponse {
                 version: self.status_version.as_str().to_owned(),
@@ -59,7 +64,7 @@ impl KeyManagementService for Service {
     ) -> Result<Response<EncryptResponse>, Status> {
         let call = call(&request.get_ref().uid, request.metadata());
         let payload = SecretBytes::new(request.into_inner().plaintext);
-        answer(&self.sealer, ENCRYPT, &call.uid.clone(), async {
+        answer(&self.sealer, &self.encrypt, &call.clone(), async {
             sendable(self.sealer.encrypt_v2(payload, call).await.map_err(status::of)?)
         })
         .await
@@ -71,7 +76,7 @@ impl KeyManagementService for Service {
     ) -> Result<Response<DecryptResponse>, Status> {
         let call = call(&request.get_ref().uid, request.metadata());
         let message = request.into_inner();
-        answer(&self.sealer, DECRYPT, &call.uid.clone(), async {
+        answer(&self.sealer, &self.decrypt, &call.clone(), async {
             let payload = self.open(&message, call).await.map_err(status::of)?;
             Ok(DecryptResponse { plaintext: payload.into_vec() })
         })

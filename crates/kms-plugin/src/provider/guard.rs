@@ -8,6 +8,7 @@ use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kms_api::trace::TraceParent;
 use kms_core::clock::Clock;
 
 use super::{Error, KeyService, NewDek, Unwrapped};
@@ -23,9 +24,11 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// So many calls in a row have to fail before callers are turned away unasked.
 const FAILURES_TO_OPEN: u32 = 3;
-/// How long they are turned away; then one is let through to see. Doubles up to the second figure.
+/// How long they are turned away at most; then one is let through to see. Doubles up to the second figure.
 const FIRST_REST: Duration = Duration::from_millis(500);
-const LONGEST_REST: Duration = Duration::from_secs(5);
+/// Half of what the probe waits at most, so that the breaker does not turn away the probe that would see the service
+/// come back.
+const LONGEST_REST: Duration = Duration::from_millis(2500);
 
 /// A key service with retries, deadline and breaker around it.
 #[derive(Debug)]
@@ -87,7 +90,12 @@ impl Guard {
     fn within_budget(&self, call: &Call) -> Call {
         let budget = budget(call.deadline);
         let deadline = self.patience.timeout.map_or(budget, |timeout| timeout.min(budget));
-        Call { uid: call.uid.clone(), deadline }
+        Call { uid: call.uid.clone(), trace: self.child(call.trace), deadline }
+    }
+
+    /// What the key service is asked is a span of its own in the caller's trace, by chance unlike any other.
+    fn child(&self, trace: Option<TraceParent>) -> Option<TraceParent> {
+        trace.map(|trace| trace.child(self.tools.random.bytes().unwrap_or_default()))
     }
 
     async fn ask<T, F: Future<Output = Result<T, Error>>>(
@@ -97,7 +105,7 @@ impl Guard {
         attempt: impl Fn() -> F,
     ) -> Result<T, Error> {
         let started = self.tools.clock.now();
-        if let Some(error) = self.breaker.turns_away(started) {
+        if let Some(error) = self.breaker.turns_away(started, &self.tools.random) {
             self.tools.metrics.provider_call(operation, "failed_fast", Duration::ZERO);
             return Err(error);
         }
@@ -111,10 +119,11 @@ impl Guard {
         if let Err(error) = &result {
             tracing::debug!(
                 uid = call.uid,
+                trace_id = call.trace_id(),
                 "The key service gave no answer to {operation}: {error}"
             );
         }
-        self.breaker.learn(result.as_ref().err(), now);
+        self.breaker.learn(result.as_ref().err(), now, &self.tools.random);
         result
     }
 
@@ -136,8 +145,7 @@ impl Guard {
     /// Doubles with each retry; between half of it and the whole, so that callers do not come back as one.
     fn pause(&self, retry: u32) -> Duration {
         let longest = FIRST_PAUSE.saturating_mul(2u32.saturating_pow(retry)).min(LONGEST_PAUSE);
-        let [chance] = self.tools.random.bytes::<1>().unwrap_or([u8::MAX]);
-        longest / 2 + longest / 2 * u32::from(chance) / u32::from(u8::MAX)
+        self.tools.random.between(longest / 2, longest)
     }
 }
 
@@ -165,7 +173,7 @@ impl Breaker {
         outage.failures >= FAILURES_TO_OPEN
     }
 
-    fn turns_away(&self, now: Duration) -> Option<Error> {
+    fn turns_away(&self, now: Duration, random: &Random) -> Option<Error> {
         let mut outage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if outage.failures < FAILURES_TO_OPEN {
             return None;
@@ -174,11 +182,11 @@ impl Breaker {
             return outage.cause.clone();
         }
         // This caller goes and sees; the others wait for what it finds, or for the next one.
-        outage.until = now + outage.rest;
+        outage.rest_from(now, random);
         None
     }
 
-    fn learn(&self, error: Option<&Error>, now: Duration) {
+    fn learn(&self, error: Option<&Error>, now: Duration, random: &Random) {
         let mut outage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(error) = error.filter(|error| error.is_outage()) else {
             *outage = Outage::default();
@@ -188,7 +196,14 @@ impl Breaker {
         outage.cause = Some(error.clone());
         if outage.failures >= FAILURES_TO_OPEN {
             outage.rest = (outage.rest * 2).clamp(FIRST_REST, LONGEST_REST);
-            outage.until = now + outage.rest;
+            outage.rest_from(now, random);
         }
+    }
+}
+
+impl Outage {
+    /// At least half of the rest, so that the plug-ins of many nodes do not come back as one.
+    fn rest_from(&mut self, now: Duration, random: &Random) {
+        self.until = now + random.between(self.rest / 2, self.rest);
     }
 }

@@ -37,7 +37,7 @@ impl KeyService for KeyProtectCrk {
     async fn wrap_new(&self, call: &Call) -> Result<NewDek, Error> {
         let answer = self.client.wrap(&self.crk_id, None, &[], to_client(call)).await;
         let answer = answer.map_err(|error| failed(&error, call, Operation::Wrap))?;
-        tracing::info!(target: VALUES, uid = call.uid, crk = self.crk_id, wdek = answer.ciphertext, "wrapped");
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), crk = self.crk_id, wdek = answer.ciphertext, "wrapped");
         let plaintext = answer.plaintext.ok_or_else(no_dek)?;
         Ok(NewDek {
             dek: decoded(&plaintext)?,
@@ -49,7 +49,7 @@ impl KeyService for KeyProtectCrk {
     async fn unwrap(&self, wdek: &[u8], call: &Call) -> Result<Unwrapped, Error> {
         // Key Protect's WDEKs are base64 text; anything else cannot be one.
         let wdek = std::str::from_utf8(wdek).map_err(|_| Error::NotAuthentic)?;
-        tracing::info!(target: VALUES, uid = call.uid, crk = self.crk_id, wdek, "unwrapping");
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), crk = self.crk_id, wdek, "unwrapping");
         let answer = self.client.unwrap(&self.crk_id, wdek, &[], to_client(call)).await;
         let answer = answer.map_err(|error| failed(&error, call, Operation::Unwrap))?;
         Ok(Unwrapped {
@@ -70,7 +70,8 @@ enum Operation {
 }
 
 fn to_client(call: &Call) -> client::Call<'_> {
-    client::Call { deadline: call.deadline, correlation_id: Some(&call.uid) }
+    let Call { uid, trace, deadline } = call;
+    client::Call { deadline: *deadline, correlation_id: Some(uid), trace: *trace }
 }
 
 fn named(version: KeyVersion) -> String {
@@ -87,11 +88,11 @@ fn no_dek() -> Error {
 }
 
 fn failed(error: &client::Error, call: &Call, operation: Operation) -> Error {
-    tracing::debug!(uid = call.uid, "{error}");
+    tracing::debug!(uid = call.uid, trace_id = call.trace_id(), "{error}");
     match error {
         client::Error::Refused { status, message, .. } => refused(*status, message, operation),
-        client::Error::Iam { message: text, .. } if error.is_outage() => {
-            Error::Unusable { text: format!("Unavailable: the token service says: {text}") }
+        client::Error::Iam { .. } if error.is_outage() => {
+            Error::Unusable { text: format!("Unavailable: the token service says: {error}") }
         }
         client::Error::Iam { .. } => refusal(Refusal::Access, &error.to_string()),
         client::Error::ApiKeyFile { cause, .. } => {
@@ -132,7 +133,7 @@ mod tests {
     use super::*;
 
     fn call() -> Call {
-        Call { uid: "u".into(), deadline: Duration::from_secs(3) }
+        Call { uid: "u".into(), trace: None, deadline: Duration::from_secs(3) }
     }
 
     fn refused_with(status: u16, message: &str) -> client::Error {

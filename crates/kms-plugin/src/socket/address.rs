@@ -118,7 +118,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_kube_apiserver_reads_right_is_taken() {
+    fn case_04_what_kube_apiserver_reads_right_is_taken() {
         for text in ["/var/run/kms.sock", "unix:///var/run/kms.sock", "unix:/var/run/kms.sock"] {
             assert_eq!(text.parse(), Ok(SocketAddress::File("/var/run/kms.sock".into())), "{text}");
         }
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn what_it_misreads_is_refused_and_the_right_form_is_told() {
+    fn case_04_what_it_misreads_is_refused_and_the_right_form_is_told() {
         for (text, dialled, meant) in [
             ("unix://var/run/kms.sock", "/run/kms.sock", "/var/run/kms.sock"),
             ("unix://@kms.sock", "nothing", "@kms.sock"),

@@ -89,7 +89,7 @@ fn a_block_that_outgrows_its_frame_goes_on_in_a_continuation() {
 }
 
 #[test]
-fn without_the_adapter_the_stack_refuses_a_path() {
+fn case_03_without_the_adapter_the_stack_refuses_a_path() {
     for (authority, served) in [("localhost", 1), ("/run/kms.sock", 0), ("%2Frun%2Fkms.sock", 0)] {
         let request = Request {
             resize: None,

@@ -23,7 +23,7 @@ const METHODS: [(&str, &[u8]); 2] = [
 ];
 
 #[tokio::test]
-async fn every_form_of_authority_is_answered() {
+async fn case_03_every_form_of_authority_is_answered() {
     let plugin = Plugin::on_a_file(World::new(policy()).started().await);
     let raw = plugin.address.as_bytes();
     let encoded = plugin.address.replace('/', "%2F");

@@ -3,10 +3,15 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 mod adapter;
+mod apiserver;
+mod calls;
 #[path = "../sealing/double.rs"]
 #[expect(dead_code, reason = "shared with the sealing tests, which use the rest")]
 mod double;
 mod forms;
 mod serving;
+mod simulation;
 mod socket;
+mod status;
+mod values;
 mod wire;

@@ -4,6 +4,8 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kms_plugin::socket::{Bound, Options, Peers, SocketError, bind};
 use tempfile::TempDir;
@@ -35,7 +37,7 @@ fn names_in(dir: &TempDir) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn the_socket_has_its_mode_before_anybody_is_accepted() {
+async fn case_05_the_socket_has_its_mode_before_anybody_is_accepted() {
     let (dir, path) = place();
     let _bound = bind_plainly(&path).unwrap();
     assert_eq!(mode_of(&path), 0o600);
@@ -48,8 +50,35 @@ async fn the_socket_has_its_mode_before_anybody_is_accepted() {
     assert_eq!(mode_of(&path), 0o666);
 }
 
+/// Somebody who watches the path sees the socket with its mode and owner from the first moment on.
+#[tokio::test(flavor = "multi_thread")]
+async fn case_05_at_no_moment_is_there_a_socket_with_another_mode_or_owner() {
+    let (dir, path) = place();
+    let bound = Arc::new(AtomicBool::new(false));
+    let watching = std::thread::spawn({
+        let (path, bound) = (path.clone(), bound.clone());
+        move || {
+            let mut seen = Vec::new();
+            while !bound.load(Ordering::Relaxed) {
+                let found = path.symlink_metadata();
+                seen.extend(found.map(|found| (found.mode() & 0o7777, found.uid())));
+            }
+            seen
+        }
+    });
+    let owner = dir.path().metadata().unwrap().uid();
+    for _ in 0..300 {
+        drop(bind_plainly(&path).unwrap().incoming());
+    }
+    let last = bind_plainly(&path).unwrap();
+    bound.store(true, Ordering::Relaxed);
+    let seen = watching.join().unwrap();
+    assert!(seen.iter().all(|seen| *seen == (0o600, owner)), "{seen:?}");
+    drop(last);
+}
+
 #[tokio::test]
-async fn a_stale_socket_is_replaced() {
+async fn case_05_a_stale_socket_is_replaced() {
     let (_dir, path) = place();
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists(), "a killed process leaves its socket behind");
@@ -59,7 +88,7 @@ async fn a_stale_socket_is_replaced() {
 }
 
 #[tokio::test]
-async fn a_live_socket_is_not_stolen_unless_asked() {
+async fn case_05_a_live_socket_is_not_stolen_unless_asked() {
     let (_dir, path) = place();
     let mut old = bind_plainly(&path).unwrap().incoming();
     let inode = path.metadata().unwrap().ino();

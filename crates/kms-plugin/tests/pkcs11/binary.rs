@@ -21,8 +21,9 @@ async fn opens(plugin: &Plugin, (v1, v2): &(Vec<u8>, EncryptResponse)) {
     assert_eq!(plugin.decrypt_v2(v2).await.unwrap(), PAYLOAD);
 }
 
+/// The third part of the key_id.
 fn version(sealed: &(Vec<u8>, EncryptResponse)) -> &str {
-    sealed.1.key_id.rsplit('/').next().unwrap()
+    sealed.1.key_id.split('/').nth(3).unwrap()
 }
 
 /// Asks until the answer is yes. For what happens in the plug-in's own time.
@@ -55,16 +56,20 @@ async fn a_newly_named_version_seals_at_once_and_every_old_one_is_read() {
     let mut plugin = token.ready();
     let mut all = vec![sealed(&plugin).await];
     let first = token.settings.crk_version.clone();
-    // Back to the first at the end: key_ids follow what the configuration says.
-    for next in [token.new_version(), token.new_version(), first] {
+    // Back to the first at the end, as an entry of its own, so that no key_id comes back.
+    for (next, previous) in
+        [(token.new_version(), None), (token.new_version(), None), (first, Some(CRK))]
+    {
         token.settings.crk_version = next.clone();
+        token.settings.previous = previous;
         token.reload(&plugin);
         eventually("the named version is reported", async || {
-            plugin.status().await.is_ok_and(|status| status.key_id.ends_with(&next))
+            plugin.status().await.is_ok_and(|status| status.key_id.contains(&next))
         })
         .await;
         let values = sealed(&plugin).await;
         assert_eq!(version(&values), next);
+        assert!(all.iter().all(|old| old.1.key_id != values.1.key_id), "{}", values.1.key_id);
         all.push(values);
     }
     plugin.kill();
@@ -94,7 +99,7 @@ async fn another_crk_takes_over_and_the_previous_one_still_opens() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_token_that_goes_and_returns_is_used_again_without_a_restart() {
+async fn case_07_a_token_that_goes_and_returns_is_used_again_without_a_restart() {
     let Some(mut token) = TestToken::new() else { return };
     token.settings.server = NOTHING_IS_KEPT;
     let plugin = token.ready();
@@ -141,7 +146,7 @@ async fn it_starts_without_the_token_and_uses_it_when_it_comes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_wrong_pin_is_tried_once_and_said() {
+async fn case_07_a_wrong_pin_is_tried_once_and_another_one_without_a_restart() {
     let Some(mut token) = TestToken::new() else { return };
     (token.settings.pin, token.settings.server) = ("not-the-pin", NOTHING_IS_KEPT);
     let plugin = token.serving();
@@ -156,16 +161,31 @@ async fn a_wrong_pin_is_tried_once_and_said() {
         plugin.lines().iter().filter(|line| line.contains("nothing more is tried")).count()
     };
     assert_eq!(logins(&plugin), 1);
+    token.reload(&plugin);
+    assert!(plugin.encrypt_v2(PAYLOAD).await.is_err());
+    assert_eq!(logins(&plugin), 1, "the same PIN again is no reason");
     token.settings.pin = PIN;
     token.reload(&plugin);
-    plugin.line("in effect only after a restart: PKCS11");
+    plugin.line("wraps and unwraps: ready.");
+    opens(&plugin, &sealed(&plugin).await).await;
     assert_eq!(logins(&plugin), 1);
-    drop(plugin);
-    token.ready();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn neither_pin_nor_payload_is_logged_whatever_is_set() {
+async fn a_changed_pin_file_is_noticed_and_tried_without_a_signal() {
+    let Some(mut token) = TestToken::new() else { return };
+    (token.settings.pin, token.settings.pin_in_file) = ("not-the-pin", true);
+    let plugin = token.serving();
+    plugin.line("not ready: the HSM refuses the PIN");
+    token.settings.pin = PIN;
+    token.write_config();
+    plugin.line("The HSM's PIN is another one");
+    plugin.line("wraps and unwraps: ready.");
+    opens(&plugin, &sealed(&plugin).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_28_neither_pin_nor_payload_is_logged_whatever_is_set() {
     let Some(mut token) = TestToken::new() else { return };
     token.settings.logger = "LOGGER:\n  LOG_LEVEL: debug\n  LOG_ALL_VALUES: true\n";
     token.settings.server = NOTHING_IS_KEPT;

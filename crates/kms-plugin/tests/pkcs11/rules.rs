@@ -6,12 +6,13 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use kms_core::clock::ManualClock;
-use kms_core::secret::SecretBytes;
+use kms_core::secret::{SecretBytes, SecretText};
 use kms_core::wdek::{Wdek, WdekVersion};
 use kms_hsm::memory::{Fault, MemoryVault};
+use kms_hsm::pkcs11::Pin;
 use kms_hsm::{Vault, VaultError};
 use kms_plugin::dek_cache::CrkName;
-use kms_plugin::keys::{Crk, Keys, NotAdopted, Policy, Ring};
+use kms_plugin::keys::{Crk, InstallError, Keys, NotAdopted, Policy, Ring};
 use kms_plugin::metrics::Metrics;
 use kms_plugin::probe::probe;
 use kms_plugin::provider::guard::{Guard, Patience, Tools};
@@ -42,7 +43,7 @@ impl World {
         vault.create_version(B).await.unwrap();
         let hsm = {
             let vault = vault.clone();
-            Arc::new(Hsm::new(move || Ok(vault.clone() as Arc<dyn Vault>)))
+            Arc::new(Hsm::new(pin(), move || Ok(vault.clone() as Arc<dyn Vault>)))
         };
         let policy = Policy {
             new_dek: false,
@@ -61,12 +62,21 @@ impl World {
     }
 
     fn ring(&self, version: Uuid) -> Ring {
-        let name = CrkName { instance: "instance".into(), crk: "crk".into() };
-        let patience = Patience { max_retries: 0, timeout: None };
-        let service = Arc::new(self.service("crk", Some(version)));
-        let service = Guard::new(service, patience, self.tools());
-        let current = Arc::new(Crk { name, kp_version: 1, service });
-        Ring { current, previous: Vec::new() }
+        self.ring_of_entry(1, version)
+    }
+
+    /// The other entries have the same CRK.
+    fn ring_of_entry(&self, kp_version: i64, version: Uuid) -> Ring {
+        let entry = |kp_version, version| {
+            let name = CrkName { instance: "instance".into(), crk: "crk".into() };
+            let patience = Patience { max_retries: 0, timeout: None };
+            let service = Arc::new(self.service("crk", version));
+            let service = Guard::new(service, patience, self.tools());
+            Arc::new(Crk { name, kp_version, service })
+        };
+        let others = (1..=4).filter(|other| *other != kp_version);
+        let previous = others.map(|kp_version| entry(kp_version, None)).collect();
+        Ring { current: entry(kp_version, Some(version)), previous }
     }
 
     fn tools(&self) -> Tools {
@@ -87,7 +97,7 @@ impl World {
 }
 
 fn call() -> Call {
-    Call { uid: "uid".into(), deadline: Duration::from_secs(3) }
+    Call { uid: "uid".into(), trace: None, deadline: Duration::from_secs(3) }
 }
 
 async fn seal(sealer: &Sealer) -> Result<Sealed, SealerError> {
@@ -172,22 +182,27 @@ async fn every_answer_of_the_hsm_says_what_becomes_of_the_deks() {
 }
 
 #[tokio::test]
-async fn a_named_version_is_reported_after_it_has_wrapped_and_may_come_back() {
+async fn a_named_version_is_reported_after_it_has_wrapped_and_comes_back_under_another_entry_only()
+{
     let world = World::new().await;
     let sealer = world.started().await;
     let mut before = A;
     let mut all = vec![seal(&sealer).await.unwrap()];
-    for named in [B, A, B] {
-        sealer.install(world.ring(named), world.policy);
+    for (kp_version, named) in [(1, B), (3, A), (4, B)] {
+        let ring = world.ring_of_entry(kp_version, named);
+        sealer.install(ring, world.policy).unwrap();
         assert_eq!(reported(&sealer), before, "not before it has wrapped");
         assert!(probe(&sealer).await);
         assert_eq!(reported(&sealer), named);
         let sealed = seal(&sealer).await.unwrap();
         assert_eq!(sealed.key_id, sealer.status().unwrap().key_id);
+        assert!(all.iter().all(|old| old.key_id != sealed.key_id), "{}", sealed.key_id);
         all.push(sealed);
         before = named;
+        let back = sealer.install(world.ring(A), world.policy);
+        assert!(matches!(back, Err(InstallError::UsedBefore { kp_version: 1, .. })), "{back:?}");
     }
-    let restarted = Sealer::new(world.ring(B), world.policy, world.tools());
+    let restarted = Sealer::new(world.ring_of_entry(4, B), world.policy, world.tools());
     for sealed in &all {
         assert_eq!(open(&restarted, sealed).await.unwrap(), b"payload");
     }
@@ -199,7 +214,7 @@ async fn an_answer_of_a_version_that_is_named_no_longer_is_not_reported() {
     let mut keys = Keys::new(world.ring(A), world.policy);
     let asked = keys.to_probe();
     let new = asked.crk.service.wrap_new(&call()).await.unwrap();
-    keys.install(world.ring(B), world.policy);
+    keys.install(world.ring(B), world.policy, Duration::ZERO).unwrap();
     let late = keys.adopt(&asked, &new, Duration::ZERO);
     assert!(matches!(late, Err(NotAdopted::Stale)), "{late:?}");
     let asked = keys.to_probe();
@@ -208,23 +223,27 @@ async fn an_answer_of_a_version_that_is_named_no_longer_is_not_reported() {
 }
 
 #[tokio::test]
-async fn a_version_that_the_token_lacks_stops_nothing() {
+async fn a_version_that_the_token_lacks_stops_nothing_for_as_long_as_a_dek_may_live() {
     for new_dek in [false, true] {
         let mut world = World::new().await;
         world.policy.new_dek = new_dek;
         let sealer = world.started().await;
         let old = seal(&sealer).await.unwrap();
-        sealer.install(world.ring(C), world.policy);
+        sealer.install(world.ring(C), world.policy).unwrap();
         assert!(!probe(&sealer).await);
         let cause = sealer.ready().unwrap_err();
         assert_eq!(cause.to_string(), format!("the HSM holds no CRK version {C}"));
-        // Longer than any DEK may seal: A goes on to wrap.
-        for _ in 0..200 {
+        for _ in 0..167 {
             world.clock.advance(HOUR);
             probe(&sealer).await;
         }
         let sealed = seal(&sealer).await.unwrap();
         assert_eq!(sealed.key_id, old.key_id);
+        assert_eq!(sealer.status().unwrap().key_id, old.key_id);
+        world.clock.advance(HOUR);
+        probe(&sealer).await;
+        assert_eq!(sealer.status().unwrap_err(), cause);
+        assert_eq!(seal(&sealer).await.unwrap_err(), cause);
         assert_eq!(open(&sealer, &old).await.unwrap(), b"payload");
 
         world.vault.create_version(C).await.unwrap();
@@ -285,6 +304,10 @@ async fn an_outage_lets_deks_live_until_they_expire_and_its_end_needs_no_restart
     assert_eq!(open(&sealer, &sealed).await.unwrap(), b"payload");
 }
 
+fn pin() -> Pin {
+    Pin::new(SecretText::new("1234".into()))
+}
+
 /// Counts how often it is opened.
 fn counted(
     answer: impl Fn(usize) -> Result<Arc<dyn Vault>, VaultError> + Send + Sync + 'static,
@@ -292,7 +315,7 @@ fn counted(
     let opened = Arc::new(AtomicUsize::new(0));
     let hsm = {
         let opened = opened.clone();
-        Hsm::new(move || answer(opened.fetch_add(1, Ordering::Relaxed)))
+        Hsm::new(pin(), move || answer(opened.fetch_add(1, Ordering::Relaxed)))
     };
     (hsm, opened)
 }
@@ -302,17 +325,36 @@ fn vault() -> Arc<dyn Vault> {
 }
 
 #[tokio::test]
-async fn a_refused_pin_is_never_tried_again() {
-    let refused = VaultError::Credential("CKR_PIN_INCORRECT".into());
-    let (hsm, opened) = counted({
-        let refused = refused.clone();
-        move |_| Err(refused.clone())
-    });
-    assert_eq!(opened.load(Ordering::Relaxed), 0, "nothing is opened before it is asked for");
-    for _ in 0..10 {
-        assert_eq!(hsm.vault().await.unwrap_err(), refused);
+async fn a_refused_pin_is_never_tried_again_and_another_one_is() {
+    let pin = pin();
+    let tried = Arc::new(Mutex::new(Vec::new()));
+    let hsm = {
+        let (pin, tried) = (pin.clone(), tried.clone());
+        Hsm::new(pin.clone(), move || {
+            let text = pin.to_try().unwrap();
+            tried.lock().unwrap().push(text.expose().to_owned());
+            if text.expose() == "4321" {
+                return Ok(vault());
+            }
+            pin.refuse(&text, "CKR_PIN_INCORRECT");
+            Err(VaultError::Credential("CKR_PIN_INCORRECT".into()))
+        })
+    };
+    assert!(tried.lock().unwrap().is_empty(), "nothing is opened before it is asked for");
+    for same in [false, true] {
+        if same {
+            hsm.use_pin(&SecretText::new("1234".into()));
+        }
+        for _ in 0..10 {
+            let refused = VaultError::Credential("CKR_PIN_INCORRECT".into());
+            assert_eq!(hsm.vault().await.unwrap_err(), refused);
+        }
     }
-    assert_eq!(opened.load(Ordering::Relaxed), 1);
+    hsm.use_pin(&SecretText::new("4321".into()));
+    while hsm.vault().await.is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(*tried.lock().unwrap(), ["1234", "4321"]);
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ pub(crate) struct TestToken {
 /// What the tests change in the configuration.
 pub(crate) struct Settings {
     pub(crate) pin: &'static str,
+    /// As PIN_FILE.
+    pub(crate) pin_in_file: bool,
     pub(crate) crk: &'static str,
     pub(crate) crk_version: String,
     /// A CRK that only unwraps.
@@ -49,6 +51,7 @@ impl TestToken {
         let health_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let settings = Settings {
             pin: PIN,
+            pin_in_file: false,
             crk: CRK,
             crk_version: String::new(),
             previous: None,
@@ -99,7 +102,16 @@ impl TestToken {
     }
 
     pub(crate) fn write_config(&self) {
-        let Settings { pin, crk, crk_version, previous, server, logger } = &self.settings;
+        let Settings { pin, pin_in_file, crk, crk_version, previous, server, logger } =
+            &self.settings;
+        let pin = match pin_in_file {
+            true => {
+                let path = self.folder.path().join("pin");
+                std::fs::write(&path, pin).unwrap();
+                format!("PIN_FILE: {}", path.display())
+            }
+            false => format!("PIN: {pin}"),
+        };
         let (socket, library) = (self.socket(), self.library.display());
         let health_port = self.health_port;
         let previous = previous.map_or(String::new(), |crk| {
@@ -112,7 +124,7 @@ impl TestToken {
         let text = format!(
             "SERVER_CONFIG:\n  UNIX_SOCKET_PATH: {socket}\n  HEALTHZ_PORT: 127.0.0.1:{health_port}\n{server}\
              KP_CONFIG:\n  VERSION: {version}\n  CRK_ID: {crk}\n  INSTANCE_ID: {INSTANCE}\n{previous}\
-             PKCS11:\n  LIBRARY: {library}\n  TOKEN_LABEL: {LABEL}\n  PIN: {pin}\n  \
+             PKCS11:\n  LIBRARY: {library}\n  TOKEN_LABEL: {LABEL}\n  {pin}\n  \
              DEADLINE_IN_MILLISECONDS: 10000\n  CRK_VERSION: {crk_version}\n{logger}"
         );
         std::fs::write(self.config(), text).unwrap();

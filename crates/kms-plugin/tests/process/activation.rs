@@ -29,6 +29,71 @@ async fn who_connects_before_the_process_exists_is_served_by_it() {
     assert!(std::path::Path::new(&setup.socket()).exists(), "the socket is the manager's");
 }
 
+/// systemd's own sender of LISTEN_FDS and LISTEN_PID, in the place of the double above.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_systemd_passes_is_served_from_the_first_connection_on() {
+    if !systemd_is_installed() {
+        return;
+    }
+    let service = Service::start(API_KEY).await;
+    let setup = Setup::for_service(&service);
+    setup.write_config();
+    let notify = setup.folder.path().join("notify");
+    let manager = UnixDatagram::bind(&notify).unwrap();
+    manager.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut sender = std::process::Command::new("systemd-socket-activate");
+    // It hands on nothing of its own environment but what is named.
+    sender
+        .arg(format!("--listen={}", setup.socket()))
+        .arg(format!("--setenv=config_file={}", setup.config().display()))
+        .arg(format!("--setenv=NOTIFY_SOCKET={}", notify.display()))
+        .arg(env!("CARGO_BIN_EXE_kmsplugin"));
+    let mut plugin = setup.start_by(sender);
+    plugin.line("Listening on");
+    assert!(!plugin.lines().iter().any(|line| line.contains("started.")), "nobody connected yet");
+    plugin.encrypt_v1(b"ping").await.unwrap();
+    let mut bytes = [0; 64];
+    let length = manager.recv(&mut bytes).unwrap();
+    assert_eq!(&bytes[..length], b"READY=1");
+    assert_eq!(plugin.terminate().code(), Some(0));
+    assert!(std::path::Path::new(&setup.socket()).exists(), "the socket is the manager's");
+}
+
+/// Without systemd such a test is skipped with a notice, and fails where `CI=true`.
+fn systemd_is_installed() -> bool {
+    let mut version = std::process::Command::new("systemd-socket-activate");
+    let installed = version.arg("--version").output().is_ok();
+    if !installed {
+        assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "systemd is not installed");
+        eprintln!("skipped: systemd is not installed (Debian: apt-get install systemd)");
+    }
+    installed
+}
+
+/// The units hold what their comments say, by systemd's own measure.
+#[test]
+fn systemd_finds_the_units_sound_and_well_confined() {
+    if !systemd_is_installed() {
+        return;
+    }
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/systemd");
+    let [service, socket] = ["service", "socket"].map(|kind| format!("{folder}/kmsplugin.{kind}"));
+    let analyze = |arguments: &[&str]| {
+        std::process::Command::new("systemd-analyze").args(arguments).output().unwrap()
+    };
+    let verified = analyze(&["verify", "--man=no", &service, &socket]);
+    let said = String::from_utf8(verified.stderr).unwrap();
+    // What the machine at hand lacks is no fault of the unit.
+    let faults: Vec<_> = said
+        .lines()
+        .filter(|line| line.contains("kmsplugin.") && !line.contains("/usr/local/bin/kmsplugin"))
+        .collect();
+    assert!(faults.is_empty(), "{said}");
+    let judged = analyze(&["security", "--offline=true", "--threshold=20", &service]);
+    let said = String::from_utf8(judged.stdout).unwrap();
+    assert!(judged.status.success() && said.contains("Overall exposure level"), "{said}");
+}
+
 #[test]
 fn another_socket_than_the_configured_one_is_not_served() {
     let setup = Setup::new();

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use kms_core::crypto_module::CryptoModule;
+
 use crate::plugin::{Setup, command, output};
 
 fn samples() -> PathBuf {
@@ -56,6 +58,45 @@ fn check_config_finds_what_only_a_start_would_find() {
         output(command().arg("--check-config").env("config_file", setup.config()));
     assert_eq!(code, Some(64));
     assert!(stderr.contains(&format!("the CA file {} cannot be used", ca.display())), "{stderr}");
+}
+
+/// Which of the two builds this is does not matter here: each must name its own module, and only one may be refused.
+#[tokio::test]
+async fn the_cryptographic_module_is_named_wherever_one_looks() {
+    let module = CryptoModule::linked();
+    let (code, version, _) = output(command().arg("--version"));
+    assert_eq!(code, Some(0));
+    assert_eq!(version, format!("kmsplugin {} ({module})\n", env!("CARGO_PKG_VERSION")));
+    let plugin = Setup::new().serving();
+    let line = plugin.line("Cryptography is done by");
+    assert!(line.contains(&format!("Cryptography is done by {module}.")), "{line}");
+    let (_, metrics) = plugin.health("/metrics").await;
+    let [name, version, fips] = module.labels().map(|(name, value)| format!("{name}=\"{value}\""));
+    let sample = format!("kmsplugin_crypto_module_info{{{name},{version},{fips}}} 1");
+    assert!(metrics.contains(&sample), "{sample} is not in\n{metrics}");
+}
+
+#[test]
+fn a_build_without_the_fips_module_does_not_start_where_it_is_required() {
+    let setup = Setup::new().with("FIPS_REQUIRED", "true");
+    setup.write_config();
+    let checked = output(command().arg("--check-config").env("config_file", setup.config()));
+    let module = CryptoModule::linked();
+    if module.fips {
+        assert_eq!(checked, (Some(0), "The configuration is valid.\n".into(), String::new()));
+        setup.serving().line("Cryptography is done by AWS-LC FIPS");
+        return;
+    }
+    let refusal = format!(
+        "SERVER_CONFIG.FIPS_REQUIRED is true, but this build does its cryptography with {module}, which is not a FIPS \
+         module; use the build that `cargo xtask build --fips` makes"
+    );
+    assert_eq!(checked, (Some(64), String::new(), format!("{refusal}\n")));
+    let mut plugin = setup.start();
+    assert_eq!(plugin.wait().code(), Some(64));
+    let lines = plugin.all_lines();
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    assert!(lines[0].contains(&format!("Configuration: {refusal}")), "{lines:?}");
 }
 
 #[test]

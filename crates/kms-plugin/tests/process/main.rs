@@ -4,6 +4,8 @@
 mod activation;
 mod lifecycle;
 mod lines;
+mod load;
+mod memory;
 mod plugin;
 mod reload;
 mod sealing;

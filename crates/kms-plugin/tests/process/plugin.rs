@@ -221,6 +221,10 @@ impl Plugin {
         kill_process(pid, signal).unwrap();
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// One line of /proc/PID/status, in the unit that it has there.
     pub(crate) fn memory(&self, name: &str) -> u64 {
         let path = format!("/proc/{}/status", self.child.id());

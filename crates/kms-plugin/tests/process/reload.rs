@@ -76,6 +76,20 @@ async fn a_bad_file_is_refused_and_everything_goes_on() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crk_is_not_changed_while_what_it_has_sealed_could_not_be_opened() {
+    let service = Service::start("canary-api-key-93ab").await;
+    let setup = Setup::for_service(&service);
+    let plugin = setup.ready();
+    let sealed = plugin.encrypt_v2(&[1; 32]).await.unwrap();
+    let setup = setup.with("CRK_ID", "another-crk");
+    reload(&plugin, &setup);
+    plugin.line("Configuration: no entry is VERSION 1 of CRK");
+    plugin.line("The changed configuration is refused, the old one keeps running.");
+    assert_eq!(plugin.decrypt_v2(&sealed).await.unwrap(), [1; 32]);
+    assert_eq!(plugin.encrypt_v2(&[1; 32]).await.unwrap().key_id, sealed.key_id);
+}
+
 #[tokio::test]
 async fn what_waits_for_a_restart_is_said() {
     let setup = Setup::new();
@@ -85,4 +99,29 @@ async fn what_waits_for_a_restart_is_said() {
     let line = plugin.line("in effect only after a restart");
     assert!(line.contains("REGION, HEALTHZ_PATH"), "{line}");
     assert_eq!(plugin.health("/healthz/liveness").await.0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_08_the_status_version_outlives_reload_rotation_and_upgrade() {
+    let service = Service::start("canary-api-key-93ab").await;
+    let setup = Setup::for_service(&service).with("PROBE_INTERVAL_IN_SECONDS", "1");
+    let mut plugin = setup.ready();
+    let before = plugin.status().await.unwrap();
+    assert_eq!(before.version, "v2");
+
+    // kube-apiserver would call a changed version unhealthy until it is restarted itself.
+    let another = setup.with("KMS_V2_STATUS_VERSION", "v2beta1");
+    reload(&plugin, &another);
+    plugin.line("in effect only after a restart: KMS_V2_STATUS_VERSION");
+    assert_eq!(plugin.status().await.unwrap(), before);
+
+    let setup = another.with("KMS_V2_STATUS_VERSION", "v2");
+    service.rotate();
+    plugin.line("crk/v2");
+    let rotated = plugin.status().await.unwrap();
+    assert_eq!(rotated.version, "v2");
+    assert_ne!(rotated.key_id, before.key_id);
+
+    plugin.terminate();
+    assert_eq!(setup.ready().status().await.unwrap(), rotated);
 }

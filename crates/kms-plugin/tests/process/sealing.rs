@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use kms_api::grpc::v2::EncryptRequest;
+use kms_api::grpc::v2::key_management_service_client::KeyManagementServiceClient as V2;
 use tokio::time::Instant;
+use tonic::Request;
 
 use crate::plugin::{Plugin, Setup};
 use crate::service::{Service, TOKEN};
@@ -30,7 +33,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_secret_is_ever_logged_whatever_is_set() {
+async fn case_28_no_secret_is_ever_logged_whatever_is_set() {
     let service = Service::start(API_KEY).await;
     let setup = Setup::for_service(&service)
         .with("LOG_LEVEL", "debug")
@@ -176,6 +179,48 @@ async fn a_request_is_named_alike_in_kube_apiserver_and_key_service() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_trace_goes_through_log_lines_to_the_key_service() {
+    const TRACE: &str = "0123456789abcdef0123456789abcdef";
+    let service = Service::start(API_KEY).await;
+    let setup = Setup::for_service(&service)
+        .with("LOG_LEVEL", "debug")
+        .with("LOG_ALL_VALUES", "true")
+        .with("NEW_DEK", "true")
+        .with("PROBE_INTERVAL_IN_SECONDS", "3600");
+    let plugin = setup.ready();
+    let before = plugin.lines().len();
+    let encrypt = async |uid: &str, traceparent: &str| {
+        let message = EncryptRequest { plaintext: PAYLOAD.into(), uid: uid.into() };
+        let mut request = Request::new(message);
+        request.metadata_mut().insert("traceparent", traceparent.parse().unwrap());
+        V2::new(plugin.channel().await).encrypt(request).await.unwrap();
+        plugin.line(&format!("uid={uid}"));
+        service.traceparents(uid)
+    };
+    let caller = format!("00-{TRACE}-fedcba9876543210-01");
+    let (first, second) = (encrypt("first", &caller).await, encrypt("second", &caller).await);
+    for sent in [&first[..], &second] {
+        assert!(matches!(sent, [one] if one.starts_with(&format!("00-{TRACE}-"))), "{sent:?}");
+        assert!(sent[0].ends_with("-01") && sent[0] != caller, "a span of its own: {sent:?}");
+    }
+    assert_ne!(first, second);
+    // What does not follow the standard is nobody's trace, and no reason to fail.
+    for (uid, strange) in [("third", "00-x-y-01"), ("fourth", &caller.to_uppercase())] {
+        assert_eq!(encrypt(uid, strange).await, [""]);
+    }
+    let lines = plugin.lines().split_off(before);
+    let of_trace = format!("trace_id={TRACE}");
+    let traced = |uid: &str| {
+        let own: Vec<_> =
+            lines.iter().filter(|line| line.contains(&format!("uid={uid}"))).collect();
+        assert!(own.len() >= 3, "{lines:#?}");
+        own.iter().all(|line| line.contains(&of_trace))
+    };
+    assert!(traced("first") && traced("second"), "{lines:#?}");
+    assert!(!lines.iter().any(|line| line.contains("uid=third") && line.contains("trace_id")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_service_that_is_down_shows_in_the_metrics() {
     let plugin = Setup::new().serving();
     for _ in 0..3 {
@@ -184,5 +229,41 @@ async fn a_service_that_is_down_shows_in_the_metrics() {
     let (_, metrics) = plugin.health("/metrics").await;
     for line in ["kmsplugin_breakers_open 1", "kmsplugin_token_life_left_seconds 0"] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn case_28_every_line_of_a_request_has_its_uid_and_no_text_a_secret() {
+    let service = Service::start(API_KEY).await;
+    let setup = Setup::for_service(&service)
+        .with("LOG_LEVEL", "debug")
+        .with("LOG_ALL_VALUES", "true")
+        .with("CACHE_TIMEOUT_IN_HOURS", "0")
+        .with("PROBE_INTERVAL_IN_SECONDS", "3600");
+    let plugin = setup.ready();
+    let before = plugin.lines().len();
+    let sealed = plugin.encrypt_v2(PAYLOAD).await.unwrap();
+    plugin.line("v2 Encrypt answered");
+    let mut texts = Vec::new();
+    for at in [0, sealed.ciphertext.len() / 2, sealed.ciphertext.len() - 1] {
+        let mut forged = sealed.clone();
+        forged.ciphertext[at] ^= 1;
+        texts.push(plugin.decrypt_v2(&forged).await.unwrap_err().message().to_owned());
+    }
+    assert_eq!(plugin.decrypt_v2(&sealed).await.unwrap(), PAYLOAD);
+    plugin.line("v2 Decrypt answered");
+    let cipher = plugin.encrypt_v1(PAYLOAD).await.unwrap();
+    plugin.line("v1beta1 Encrypt answered");
+
+    let lines = plugin.lines().split_off(before);
+    let named = |line: &&String| line.contains("canary-uid") || line.contains("uid=v1-");
+    let unnamed: Vec<_> = lines.iter().filter(|line| !named(line)).collect();
+    assert!(unnamed.is_empty() && lines.len() > 7, "{unnamed:#?} of {lines:#?}");
+    texts.extend(lines);
+    for bytes in [&sealed.ciphertext[..], &cipher, PAYLOAD] {
+        let text = String::from_utf8_lossy(bytes).into_owned();
+        for secret in [text, hex(bytes), STANDARD.encode(bytes), format!("{bytes:?}")] {
+            assert!(!texts.iter().any(|text| text.contains(&secret)), "{secret} in {texts:#?}");
+        }
     }
 }

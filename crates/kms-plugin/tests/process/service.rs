@@ -41,13 +41,14 @@ struct Facts {
     /// WDEK to (DEK in base64, version).
     deks: HashMap<String, (String, u32)>,
     asked: usize,
-    /// The path and the correlation id of each request.
-    named: Vec<(String, String)>,
+    /// The path, the correlation id and `traceparent` of each request.
+    named: Vec<[String; 3]>,
 }
 
 struct Request {
     path: String,
     correlation_id: String,
+    traceparent: String,
     body: String,
 }
 
@@ -72,6 +73,11 @@ impl Service {
         self.facts(|facts| facts.api_key = api_key.to_owned());
     }
 
+    /// The CRK gets a new version.
+    pub(crate) fn rotate(&self) {
+        self.facts(|facts| facts.version += 1);
+    }
+
     pub(crate) fn answers(&self, answers: bool) {
         self.state.answers.send_replace(answers);
     }
@@ -89,8 +95,18 @@ impl Service {
 
     /// The correlation ids of the requests for this path.
     pub(crate) fn correlation_ids(&self, path: &str) -> Vec<String> {
-        let of_path = |(asked, id): &(String, String)| (asked == path).then(|| id.clone());
-        self.facts(|facts| facts.named.iter().filter_map(of_path).collect())
+        let named = self.facts(|facts| facts.named.clone());
+        named.into_iter().filter(|[asked, ..]| asked == path).map(|[_, id, _]| id).collect()
+    }
+
+    /// The `traceparent` of each request with this correlation id; empty where there was none.
+    pub(crate) fn traceparents(&self, correlation_id: &str) -> Vec<String> {
+        let named = self.facts(|facts| facts.named.clone());
+        named
+            .into_iter()
+            .filter(|[_, id, _]| id == correlation_id)
+            .map(|[.., trace]| trace)
+            .collect()
     }
 
     pub(crate) fn wdeks(&self) -> Vec<String> {
@@ -140,7 +156,7 @@ async fn serve(mut stream: TlsStream<TcpStream>, state: &State) {
             let mut facts = state.facts.lock().unwrap();
             facts.asked += 1;
             let answer = answer(&mut facts, &request.path, &request.body);
-            facts.named.push((request.path, request.correlation_id));
+            facts.named.push([request.path, request.correlation_id, request.traceparent]);
             answer
         };
         state.answers.subscribe().wait_for(|answers| *answers).await.unwrap();
@@ -169,6 +185,7 @@ async fn read(stream: &mut TlsStream<TcpStream>) -> Option<Request> {
     Some(Request {
         path: head.split(' ').nth(1)?.to_owned(),
         correlation_id: header("correlation-id").unwrap_or_default().to_owned(),
+        traceparent: header("traceparent").unwrap_or_default().to_owned(),
         body: String::from_utf8(body).unwrap(),
     })
 }

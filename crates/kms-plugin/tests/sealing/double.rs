@@ -177,7 +177,12 @@ impl World {
 
     /// A plug-in that has just been started.
     pub(crate) fn start(&self) -> Arc<Sealer> {
-        Arc::new(Sealer::new(self.ring(), self.policy, self.tools()))
+        self.start_with(self.ring())
+    }
+
+    /// One with another configuration.
+    pub(crate) fn start_with(&self, ring: Ring) -> Arc<Sealer> {
+        Arc::new(Sealer::new(ring, self.policy, self.tools()))
     }
 
     /// One that has run for a while.
@@ -194,7 +199,7 @@ impl World {
 }
 
 pub(crate) fn call() -> Call {
-    Call { uid: "uid".into(), deadline: Duration::from_secs(3) }
+    Call { uid: "uid".into(), trace: None, deadline: Duration::from_secs(3) }
 }
 
 pub(crate) fn payload(text: &[u8]) -> SecretBytes {

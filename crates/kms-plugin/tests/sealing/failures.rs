@@ -138,7 +138,7 @@ async fn an_outage_lets_deks_live_until_they_expire_and_no_longer() {
 }
 
 #[tokio::test]
-async fn a_refusal_drops_the_deks_at_once() {
+async fn case_07_a_refusal_drops_the_deks_at_once() {
     for (refusal, text) in [
         (Refusal::Access, "BXNIM0415E:Provided API key could not be found"),
         (Refusal::NoSuchKey, "Not Found: key does not exist"),
@@ -222,7 +222,7 @@ async fn deks_in_use_are_refreshed_before_anyone_has_to_wait() {
 }
 
 #[tokio::test]
-async fn status_and_cached_opens_do_not_wait_while_the_service_hangs() {
+async fn case_09_status_and_cached_opens_do_not_wait_while_the_service_hangs() {
     tokio::time::pause();
     let world = World::new(policy());
     let unknown = seal_v2(&*world.started().await, b"unknown").await.unwrap();
@@ -288,7 +288,7 @@ async fn recovery_is_seen_within_seconds_and_without_any_request() {
 }
 
 #[tokio::test]
-async fn a_service_that_unwraps_to_something_else_is_not_ready() {
+async fn case_06_a_service_that_unwraps_to_something_else_is_not_ready() {
     let world = World::new(policy());
     world.kms.set(Mood::Lies);
     let sealer = world.start();

@@ -4,6 +4,7 @@
 
 mod double;
 mod failures;
+mod interleavings;
 mod reload;
 mod rotation;
 mod settings;

@@ -32,7 +32,7 @@ async fn wdeks(sealer: &Sealer, count: usize) -> BTreeSet<Vec<u8>> {
 }
 
 #[tokio::test]
-async fn what_is_sealed_is_opened_in_both_apis() {
+async fn case_11_what_is_sealed_is_opened_in_both_apis() {
     let world = World::new(policy());
     let sealer = world.started().await;
     for payload in [&b""[..], b"p", b"ping", &[7; 32], &[7; 33], &[0; 500]] {
@@ -48,7 +48,7 @@ async fn what_is_sealed_is_opened_in_both_apis() {
 }
 
 #[tokio::test]
-async fn one_api_s_values_are_none_of_the_other_s() {
+async fn case_25_one_api_s_values_are_none_of_the_other_s() {
     let world = World::new(policy());
     let sealer = world.started().await;
     let cipher = seal_v1(&sealer, b"payload").await.unwrap();

@@ -1,14 +1,18 @@
 //! The audit log: one record for each use of a key, each token and each change of who may do what.
 //!
 //! A record is durable when [`Audit::record`] returns; nobody answers before that. Each line holds the hash of the line
-//! before it (`chain`); one thread writes, and many records that wait share one sync to disk (`sink`). Secrets have no
-//! place in a [`Record`]: keys, tokens and API keys are named by their ids.
+//! before it (`kms_core::audit`); one thread writes, and many records that wait share one sync to disk (`sink`); an HSM
+//! key signs now and then how far the chain goes (`anchors`). Secrets have no place in a [`Record`]: keys, tokens and
+//! API keys are named by their ids.
 
-mod chain;
+pub mod anchors;
+pub mod node;
 mod sink;
 
+use kms_core::audit::Link;
+use kms_core::audit::anchor::Anchor;
 use kms_core::clock::Clock;
-use sink::Sink;
+use sink::{Entry, Sink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What happened. Never holds key material, tokens or API keys: they are named by their ids.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`.
+    /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`, and what the log says of itself:
+    /// `audit_recovered`, `audit_resumed`, `audit_file_missing`, `audit_file_removed`.
     pub action: &'static str,
     pub outcome: Outcome,
     /// `iam-ServiceId-<uuid>`.
@@ -33,6 +38,22 @@ pub struct Record {
     pub version: Option<Uuid>,
     /// What the caller sent as `Correlation-Id`.
     pub correlation: Option<String>,
+}
+
+impl Record {
+    /// What the log says of itself.
+    fn of_log(action: &'static str) -> Record {
+        Record {
+            action,
+            outcome: Outcome::Done,
+            caller: None,
+            api_key: None,
+            instance: None,
+            target: None,
+            version: None,
+            correlation: None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,18 +68,26 @@ pub enum Outcome {
 pub struct Audit {
     sink: Sink,
     clock: Arc<dyn Clock>,
+    last: Option<OffsetDateTime>,
 }
 
 impl Audit {
-    /// Opens the log at `path`, creating it where there is none, and continues its chain.
+    /// Opens the log at `path`, creating it where there is none, and continues the chain of `node`. `known` is where the
+    /// database says that this chain was: the log must go on from there.
     ///
     /// What a crash left of a last line is moved into a file beside it, and that is recorded.
     ///
     /// # Errors
-    /// When the file cannot be opened, belongs to another process, or its last lines do not follow one another.
-    pub fn open(path: &Path, clock: Arc<dyn Clock>) -> Result<Audit, AuditError> {
-        let sink = Sink::open(path, OffsetDateTime::from(clock.wall()))?;
-        Ok(Audit { sink, clock })
+    /// When the file cannot be opened, belongs to another process or node, or its last lines do not follow one another.
+    pub fn open(
+        path: &Path,
+        node: &str,
+        known: Option<Link>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Audit, AuditError> {
+        let last = sink::last_time(path);
+        let sink = Sink::open(path, node, known, OffsetDateTime::from(clock.wall()))?;
+        Ok(Audit { sink, clock, last })
     }
 
     /// Returns when `record` is on disk.
@@ -66,12 +95,46 @@ impl Audit {
     /// # Errors
     /// When it cannot be written, or not in time: the caller must not answer then. The next record is tried anew.
     pub async fn record(&self, record: Record) -> Result<(), AuditError> {
-        let written = self.sink.submit(record, OffsetDateTime::from(self.clock.wall()))?;
+        self.write(Entry::Record(record)).await.map(drop)
+    }
+
+    async fn anchor(&self, anchor: Anchor<'static>) -> Result<Link, AuditError> {
+        self.write(Entry::Anchor(anchor)).await
+    }
+
+    async fn write(&self, entry: Entry) -> Result<Link, AuditError> {
+        let written = self.sink.submit(entry, OffsetDateTime::from(self.clock.wall()))?;
         match tokio::time::timeout(PATIENCE, written).await {
             Ok(Ok(outcome)) => outcome,
             // The writer has ended without an answer, or does not come back from the disk.
-            Ok(Err(_)) | Err(_) => Err(AuditError::TimedOut { path: self.sink.path().to_owned() }),
+            Ok(Err(_)) | Err(_) => {
+                self.sink.note_failure();
+                Err(AuditError::TimedOut { path: self.sink.path().to_owned() })
+            }
         }
+    }
+
+    /// Whether records can be written: the last one was, or one that says that the log goes on is written now.
+    ///
+    /// # Errors
+    /// As [`Audit::record`].
+    pub async fn probe(&self) -> Result<(), AuditError> {
+        if !self.sink.has_failed() {
+            return Ok(());
+        }
+        self.record(Record::of_log("audit_resumed")).await
+    }
+
+    /// The last record that is durable.
+    #[must_use]
+    pub fn head(&self) -> Link {
+        self.sink.head()
+    }
+
+    /// When the last record was written that the log held as it was opened.
+    #[must_use]
+    pub fn last(&self) -> Option<OffsetDateTime> {
+        self.last
     }
 
     /// How many times records were synced to disk so far. Far fewer than records when many wait at once.
@@ -94,6 +157,12 @@ pub enum AuditError {
         path.display()
     )]
     Broken { path: PathBuf, what: String },
+    #[error(
+        "the audit log {} is of node {found:?}, and this server is node {own:?}: set NODE_ID to the former, or move the \
+         file away; a new one is begun",
+        path.display()
+    )]
+    OtherNode { path: PathBuf, found: String, own: String },
     #[error("cannot write the audit log {}: {cause}", path.display())]
     Write { path: PathBuf, cause: Arc<std::io::Error> },
     #[error("cannot write the audit log {}: the disk does not answer", path.display())]

@@ -4,25 +4,27 @@
 //! cut back to what was durable, closed, and opened anew for the next record: so a disk that has room again is used
 //! again, and a file that was rotated away is followed by a new one that continues the chain.
 
-use super::chain::Link;
+use super::node::beside;
 use super::{AuditError, Outcome, Record};
-use std::ffi::OsString;
+use kms_core::audit::anchor::Anchor;
+use kms_core::audit::{Content, DONE, Event, Link, parse};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use time::OffsetDateTime;
-use tokio::sync::oneshot;
+use time::format_description::well_known::Rfc3339;
+use tokio::sync::{Notify, oneshot};
 
 /// How much of the end of a log is checked when it is opened.
 const TAIL: u64 = 256 * 1024;
 /// More records than this wait only when the disk does not answer.
 const MOST_WAITING: usize = 10_000;
 
-pub(super) type Written = oneshot::Receiver<Result<(), AuditError>>;
+pub(super) type Written = oneshot::Receiver<Result<Link, AuditError>>;
 
 /// Takes records; a thread of its own makes them durable.
 #[derive(Debug)]
@@ -34,9 +36,16 @@ pub(super) struct Sink {
 #[derive(Debug)]
 struct Shared {
     path: PathBuf,
+    node: String,
+    /// The last record that is durable.
+    head: Mutex<Link>,
+    /// A file was begun.
+    begun: Notify,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
     syncs: AtomicU64,
+    /// The last batch was not written, or does not come back from the disk.
+    failed: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -47,15 +56,24 @@ struct Inbox {
 
 #[derive(Debug)]
 struct Pending {
-    record: Record,
+    entry: Entry,
     at: OffsetDateTime,
-    answer: oneshot::Sender<Result<(), AuditError>>,
+    answer: oneshot::Sender<Result<Link, AuditError>>,
+}
+
+/// What becomes one line.
+#[derive(Debug)]
+pub(super) enum Entry {
+    Record(Record),
+    /// With its own time, which is signed.
+    Anchor(Anchor<'static>),
 }
 
 /// An open log, whole to its last byte.
 #[derive(Debug)]
 struct Log {
     path: PathBuf,
+    node: String,
     file: File,
     /// Up to here everything is durable.
     len: u64,
@@ -63,13 +81,31 @@ struct Log {
 }
 
 impl Sink {
-    pub(super) fn open(path: &Path, now: OffsetDateTime) -> Result<Sink, AuditError> {
-        let log = Log::open(path, None, now)?;
+    /// `known` is where the chain was left, as somebody else remembers it.
+    pub(super) fn open(
+        path: &Path,
+        node: &str,
+        known: Option<Link>,
+        now: OffsetDateTime,
+    ) -> Result<Sink, AuditError> {
+        let mut log = Log::open(path, node, known, now)?;
+        if let (0, Some(known)) = (log.len, known) {
+            tracing::warn!(
+                "There is no audit log {}; a new one continues after record {}.",
+                path.display(),
+                known.seq
+            );
+            log.note("audit_file_missing", None, now)?;
+        }
         let shared = Arc::new(Shared {
             path: path.to_owned(),
+            node: node.to_owned(),
+            head: Mutex::new(log.link),
+            begun: Notify::new(),
             inbox: Mutex::default(),
             arrived: Condvar::new(),
             syncs: AtomicU64::new(0),
+            failed: AtomicBool::new(false),
         });
         let writer = std::thread::Builder::new().name("audit".into()).spawn({
             let shared = shared.clone();
@@ -79,21 +115,44 @@ impl Sink {
         Ok(Sink { shared, writer: Some(writer) })
     }
 
-    /// Hands a record over; the receiver is answered when it is durable or lost.
-    pub(super) fn submit(&self, record: Record, at: OffsetDateTime) -> Result<Written, AuditError> {
+    /// Hands an entry over; the receiver is answered when it is durable or lost.
+    pub(super) fn submit(&self, entry: Entry, at: OffsetDateTime) -> Result<Written, AuditError> {
         let (answer, written) = oneshot::channel();
         let mut inbox = self.shared.inbox();
         if inbox.waiting.len() >= MOST_WAITING {
             return Err(AuditError::TimedOut { path: self.shared.path.clone() });
         }
-        inbox.waiting.push(Pending { record, at, answer });
+        inbox.waiting.push(Pending { entry, at, answer });
         drop(inbox);
         self.shared.arrived.notify_one();
         Ok(written)
     }
 
+    /// True from a failure until the next record that is written.
+    pub(super) fn has_failed(&self) -> bool {
+        self.shared.failed.load(Ordering::Relaxed)
+    }
+
+    /// The disk did not answer in time.
+    pub(super) fn note_failure(&self) {
+        self.shared.failed.store(true, Ordering::Relaxed);
+    }
+
     pub(super) fn path(&self) -> &Path {
         &self.shared.path
+    }
+
+    pub(super) fn node(&self) -> &str {
+        &self.shared.node
+    }
+
+    pub(super) fn head(&self) -> Link {
+        *self.shared.head.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when a file was begun that nobody was told of yet.
+    pub(super) async fn begun(&self) {
+        self.shared.begun.notified().await;
     }
 
     pub(super) fn syncs(&self) -> u64 {
@@ -126,50 +185,86 @@ impl Shared {
     }
 }
 
+/// The time in the last whole record of the log at `path`; `None` where there is none.
+pub(super) fn last_time(path: &Path) -> Option<OffsetDateTime> {
+    let mut file = File::open(path).ok()?;
+    let size = file.metadata().ok()?.len();
+    file.seek(SeekFrom::Start(size.saturating_sub(TAIL))).ok()?;
+    let mut end = Vec::new();
+    (&file).take(TAIL).read_to_end(&mut end).ok()?;
+    let whole = end.iter().rposition(|byte| *byte == b'\n')?;
+    let line = parse(end[..whole].rsplit(|byte| *byte == b'\n').next()?).ok()?;
+    OffsetDateTime::parse(line.at(), &Rfc3339).ok()
+}
+
 fn write_all(shared: &Shared, log: Log) {
-    let mut link = log.link.clone();
     let mut open = Some(log);
     loop {
         let batch = shared.batch();
         let Some(first) = batch.first() else { return };
-        let outcome = commit(&shared.path, &mut open, &link, first.at, &batch);
-        match &outcome {
-            Ok(()) => {
+        let outcome = commit(shared, &mut open, first.at, &batch);
+        shared.failed.store(outcome.is_err(), Ordering::Relaxed);
+        let answers: Vec<_> = match outcome {
+            Ok(links) => {
                 shared.syncs.fetch_add(1, Ordering::Relaxed);
-                link = open.as_ref().map_or(link, |log| log.link.clone());
+                links.into_iter().map(Ok).collect()
             }
-            Err(error) => tracing::error!("{error}"),
-        }
-        for pending in batch {
+            Err(error) => {
+                tracing::error!("{error}");
+                batch.iter().map(|_| Err(error.clone())).collect()
+            }
+        };
+        for (pending, answer) in batch.into_iter().zip(answers) {
             // Whoever does not wait any more has not answered its caller either.
-            let _ = pending.answer.send(outcome.clone());
+            let _ = pending.answer.send(answer);
         }
     }
 }
 
 /// Makes a whole batch durable. On failure `open` is left empty, so that the next batch opens the file anew.
 fn commit(
-    path: &Path,
+    shared: &Shared,
     open: &mut Option<Log>,
-    link: &Link,
     now: OffsetDateTime,
     batch: &[Pending],
-) -> Result<(), AuditError> {
-    // The old file is closed first: it may be the same one, and is locked.
-    let mut log = match open.take().filter(Log::is_at_its_path) {
-        Some(log) => log,
-        None => Log::open(path, Some(link), now)?,
+) -> Result<Vec<Link>, AuditError> {
+    let mut log = match open.take() {
+        Some(log) if log.is_at_its_path() => log,
+        // The old file is closed first: it may be the same one, and is locked.
+        before => reopen(shared, before.is_some_and(|log| log.is_removed()), now)?,
     };
-    let records = batch.iter().map(|pending| (&pending.record, pending.at));
-    log.append(records)?;
+    let links = log.append(batch.iter().map(|pending| (&pending.entry, pending.at)))?;
+    *shared.head.lock().unwrap_or_else(PoisonError::into_inner) = log.link;
     *open = Some(log);
-    Ok(())
+    Ok(links)
+}
+
+fn reopen(shared: &Shared, removed: bool, now: OffsetDateTime) -> Result<Log, AuditError> {
+    let head = *shared.head.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut log = Log::open(&shared.path, &shared.node, Some(head), now)?;
+    if log.len == 0 {
+        shared.begun.notify_one();
+    }
+    if removed {
+        tracing::error!(
+            "The audit log {} was removed while it was in use; a new one continues after record {}.",
+            shared.path.display(),
+            head.seq
+        );
+        log.note("audit_file_removed", None, now)?;
+    }
+    Ok(log)
 }
 
 impl Log {
-    /// Opens the file, checks its end, sets a torn last line aside. `known` is where this process left the chain: an
-    /// empty file continues it, any other must end with it or have gone on from it.
-    fn open(path: &Path, known: Option<&Link>, now: OffsetDateTime) -> Result<Log, AuditError> {
+    /// Opens the file, checks its end, sets a torn last line aside. `known` is where the chain was left: an empty file
+    /// continues it, any other must end with it or have gone on from it.
+    fn open(
+        path: &Path,
+        node: &str,
+        known: Option<Link>,
+        now: OffsetDateTime,
+    ) -> Result<Log, AuditError> {
         let failed = |cause| open_error(path, cause);
         let created = !path.exists();
         let file = OpenOptions::new()
@@ -189,8 +284,9 @@ impl Log {
         if created {
             sync_folder(path).map_err(failed)?;
         }
-        let start = known.cloned().unwrap_or_else(Link::start);
-        let mut log = Log { path: path.to_owned(), file, len: 0, link: start };
+        let start = known.unwrap_or_else(Link::start);
+        let mut log =
+            Log { path: path.to_owned(), node: node.to_owned(), file, len: 0, link: start };
         let torn = log.read_end(known)?;
         if !torn.is_empty() {
             log.set_aside(&torn, now)?;
@@ -205,14 +301,14 @@ impl Log {
     }
 
     /// Follows the chain through the end of the file; returns what stands after the last whole line.
-    fn read_end(&mut self, known: Option<&Link>) -> Result<Vec<u8>, AuditError> {
+    fn read_end(&mut self, known: Option<Link>) -> Result<Vec<u8>, AuditError> {
         let (size, end) = self.end().map_err(|cause| open_error(&self.path, cause))?;
         let mut rest = end.as_slice();
-        let mut last: Option<Link> = None;
+        let mut last: Option<(Link, &[u8])> = None;
         while let Some(feed) = line_feed(rest) {
             let line = &rest[..feed];
             let next = match &last {
-                Some(link) => link.follow(line),
+                Some((link, _)) => link.follow(line),
                 None => Link::join(line),
             };
             let next = match next {
@@ -221,17 +317,30 @@ impl Log {
                 Err(_) if rest.contains(&0) => break,
                 Err(why) => return Err(self.broken(why.to_string())),
             };
-            if known.is_some_and(|known| known.seq == next.seq && *known != next) {
+            if known.is_some_and(|known| known.seq == next.seq && known != next) {
                 return Err(self.broken(format!("record {} is not the one written", next.seq)));
             }
-            last = Some(next);
+            last = Some((next, line));
             rest = &rest[feed + 1..];
         }
         self.len = size - u64::try_from(rest.len()).unwrap_or(size);
-        if let Some(last) = last {
-            self.link = last;
+        if let Some((link, line)) = last {
+            self.check_node(line)?;
+            self.link = link;
         }
         Ok(rest.to_vec())
+    }
+
+    /// Two servers must not continue one chain, each from where it left it.
+    fn check_node(&self, line: &[u8]) -> Result<(), AuditError> {
+        match parse(line) {
+            Ok(line) if line.node() != self.node => Err(AuditError::OtherNode {
+                path: self.path.clone(),
+                found: line.node().to_owned(),
+                own: self.node.clone(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// The size of the file, and its last lines; the first of them whole.
@@ -250,9 +359,7 @@ impl Log {
 
     /// Moves what a crash left of a line into a file of its own, and records that. Nobody was answered on its strength.
     fn set_aside(&mut self, torn: &[u8], now: OffsetDateTime) -> Result<(), AuditError> {
-        let mut name = OsString::from(&self.path);
-        name.push(format!(".torn-{}", self.link.seq + 1));
-        let aside = PathBuf::from(name);
+        let aside = beside(&self.path, &format!("torn-{}", self.link.seq + 1));
         let kept = File::create(&aside).and_then(|mut file| {
             file.write_all(torn)?;
             file.sync_all()?;
@@ -266,30 +373,36 @@ impl Log {
             torn.len(),
             aside.display()
         );
-        let record = Record {
-            action: "audit_recovered",
-            outcome: Outcome::Done,
-            caller: None,
-            api_key: None,
-            instance: None,
-            target: None,
-            version: None,
-            correlation: aside.file_name().map(|name| name.to_string_lossy().into_owned()),
-        };
-        self.append([(&record, now)].into_iter())
+        let name = aside.file_name().map(|name| name.to_string_lossy().into_owned());
+        self.note("audit_recovered", name, now)
     }
 
-    /// Writes all records and syncs once.
-    fn append<'a>(
+    /// Writes what the log says of itself.
+    fn note(
         &mut self,
-        records: impl Iterator<Item = (&'a Record, OffsetDateTime)>,
+        action: &'static str,
+        detail: Option<String>,
+        now: OffsetDateTime,
     ) -> Result<(), AuditError> {
-        let mut link = self.link.clone();
+        let entry = Entry::Record(Record { correlation: detail, ..Record::of_log(action) });
+        self.append([(&entry, now)].into_iter()).map(drop)
+    }
+
+    /// Writes all entries and syncs once; returns the link after each.
+    fn append<'e>(
+        &mut self,
+        entries: impl Iterator<Item = (&'e Entry, OffsetDateTime)>,
+    ) -> Result<Vec<Link>, AuditError> {
+        let mut links = Vec::new();
         let mut bytes = Vec::new();
-        for (record, at) in records {
-            let (line, next) = link.extend(record, at).map_err(|cause| self.write_error(cause))?;
+        for (entry, at) in entries {
+            let before = links.last().copied().unwrap_or(self.link);
+            let content = entry.content(&self.node, at).map_err(|cause| self.write_error(cause))?;
+            let (line, next) = before
+                .extend(&content)
+                .map_err(|cause| self.write_error(io::Error::other(cause)))?;
             bytes.extend_from_slice(&line);
-            link = next;
+            links.push(next);
         }
         let written = self.file.write_all(&bytes).and_then(|()| self.file.sync_data());
         if let Err(cause) = written {
@@ -298,8 +411,8 @@ impl Log {
             return Err(self.write_error(cause));
         }
         self.len += u64::try_from(bytes.len()).unwrap_or(0);
-        self.link = link;
-        Ok(())
+        self.link = links.last().copied().unwrap_or(self.link);
+        Ok(links)
     }
 
     /// False when the file was moved, removed, replaced, or changed in length by somebody else.
@@ -310,12 +423,40 @@ impl Log {
         ours.dev() == there.dev() && ours.ino() == there.ino() && there.len() == self.len
     }
 
+    fn is_removed(&self) -> bool {
+        self.file.metadata().is_ok_and(|file| file.nlink() == 0)
+    }
+
     fn broken(&self, what: String) -> AuditError {
         AuditError::Broken { path: self.path.clone(), what }
     }
 
     fn write_error(&self, cause: io::Error) -> AuditError {
         AuditError::Write { path: self.path.clone(), cause: Arc::new(cause) }
+    }
+}
+
+impl Entry {
+    fn content<'e>(&'e self, node: &'e str, at: OffsetDateTime) -> io::Result<Content<'e>> {
+        let record = match self {
+            Entry::Anchor(anchor) => return Ok(Content::Anchor(anchor.clone())),
+            Entry::Record(record) => record,
+        };
+        Ok(Content::Event(Event {
+            node: node.into(),
+            at: at.format(&Rfc3339).map_err(io::Error::other)?.into(),
+            action: record.action.into(),
+            outcome: match record.outcome {
+                Outcome::Done => DONE.into(),
+                Outcome::Refused(code) => code.into(),
+            },
+            caller: record.caller.as_deref().map(Into::into),
+            api_key: record.api_key,
+            instance: record.instance,
+            target: record.target,
+            version: record.version,
+            correlation: record.correlation.as_deref().map(Into::into),
+        }))
     }
 }
 

@@ -1,11 +1,25 @@
 //! The log as its users and its enemies see it: crashes, full disks, other hands on the file.
 
-use super::chain::Link;
 use super::*;
 use kms_core::clock::ManualClock;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use tempfile::TempDir;
+
+/// A clock that is behind this has been set back.
+#[tokio::test]
+async fn the_time_of_the_last_record_is_known_at_the_next_opening() {
+    let place = Place::new();
+    assert_eq!(place.open().unwrap().last(), None);
+    place.write(3).await;
+    let expected = OffsetDateTime::from(ManualClock::new().wall());
+    assert_eq!(place.open().unwrap().last(), Some(expected));
+    // What a crash left of a line says nothing.
+    let mut torn = place.bytes();
+    torn.extend_from_slice(b"{\"seq\":4,\"at\":\"2099");
+    fs::write(&place.path, torn).unwrap();
+    assert_eq!(sink::last_time(&place.path), Some(expected));
+}
 
 struct Place {
     folder: TempDir,
@@ -20,7 +34,7 @@ impl Place {
     }
 
     fn open(&self) -> Result<Audit, AuditError> {
-        Audit::open(&self.path, Arc::new(ManualClock::new()))
+        Audit::open(&self.path, "a", None, Arc::new(ManualClock::new()))
     }
 
     async fn write(&self, count: usize) {
@@ -124,7 +138,7 @@ async fn a_line_torn_at_any_byte_is_set_aside_and_recorded() {
         let text = String::from_utf8(place.bytes()).unwrap();
         let third = text.lines().nth(2).unwrap();
         assert!(third.contains("\"action\":\"audit_recovered\""), "{third}");
-        assert!(third.contains("\"correlation\":\"audit.log.torn-3\""), "{third}");
+        assert!(third.contains("\"correlation\":\"audit.torn-3\""), "{third}");
     }
 }
 
@@ -148,7 +162,7 @@ async fn a_crash_while_setting_aside_is_repeated_safely() {
     let mut bytes = place.bytes();
     bytes.extend_from_slice(b"{\"seq\":2,");
     fs::write(&place.path, &bytes).unwrap();
-    fs::write(place.folder.path().join("audit.log.torn-2"), b"{\"se").unwrap();
+    fs::write(place.folder.path().join("audit.torn-2"), b"{\"se").unwrap();
     place.write(1).await;
     assert_eq!(place.check(), 3);
     assert_eq!(fs::read(&place.torn()[0]).unwrap(), b"{\"seq\":2,");
@@ -184,9 +198,24 @@ async fn a_full_disk_is_reported_and_used_again_when_it_has_room() {
             "{refused:?}"
         );
     }
+    assert!(audit.probe().await.is_err(), "whoever asks for readiness is told");
     fs::remove_file(&place.path).unwrap();
     audit.record(record()).await.unwrap();
     assert_eq!(place.check(), 1);
+    audit.probe().await.unwrap();
+    assert_eq!(place.check(), 1, "nothing is written where nothing was wrong");
+}
+
+#[tokio::test]
+async fn the_log_says_itself_that_it_goes_on_when_nobody_else_writes() {
+    let place = Place::new();
+    symlink("/dev/full", &place.path).unwrap();
+    let audit = place.open().unwrap();
+    audit.record(record()).await.unwrap_err();
+    fs::remove_file(&place.path).unwrap();
+    audit.probe().await.unwrap();
+    assert_eq!(place.check(), 1);
+    assert!(String::from_utf8(place.bytes()).unwrap().contains("audit_resumed"));
 }
 
 #[tokio::test]
@@ -199,7 +228,7 @@ async fn a_file_rotated_away_is_followed_by_one_that_continues_the_chain() {
     fs::rename(&place.path, &old).unwrap();
     audit.record(record()).await.unwrap();
     let end_of_old = check(&fs::read(&old).unwrap(), Link::start());
-    assert_eq!((end_of_old.seq, check(&place.bytes(), end_of_old.clone()).seq), (2, 3));
+    assert_eq!((end_of_old.seq, check(&place.bytes(), end_of_old).seq), (2, 3));
     drop(audit);
     // Also after a restart.
     place.write(1).await;
@@ -240,7 +269,8 @@ async fn one_process_at_a_time_writes() {
 
 #[tokio::test]
 async fn a_folder_that_is_not_there_is_named() {
-    let audit = Audit::open(Path::new("/nowhere/audit.log"), Arc::new(ManualClock::new()));
+    let audit =
+        Audit::open(Path::new("/nowhere/audit.log"), "a", None, Arc::new(ManualClock::new()));
     let text = audit.unwrap_err().to_string();
     assert!(text.starts_with("cannot open the audit log /nowhere/audit.log: "), "{text}");
 }
@@ -254,4 +284,62 @@ async fn write_at_once(audit: &Arc<Audit>, count: usize) {
     while let Some(written) = writers.join_next().await {
         written.unwrap().unwrap();
     }
+}
+
+#[tokio::test]
+async fn a_file_that_is_removed_under_the_server_is_replaced_at_once_and_that_is_recorded() {
+    let place = Place::new();
+    let audit = place.open().unwrap();
+    audit.record(record()).await.unwrap();
+    let end = check(&place.bytes(), Link::start());
+    fs::remove_file(&place.path).unwrap();
+    tokio::time::timeout(Duration::from_secs(1), audit.record(record())).await.unwrap().unwrap();
+    audit.probe().await.unwrap();
+    assert_eq!(check(&place.bytes(), end).seq, 3);
+    let text = String::from_utf8(place.bytes()).unwrap();
+    assert!(text.lines().next().unwrap().contains("\"action\":\"audit_file_removed\""), "{text}");
+}
+
+#[tokio::test]
+async fn a_log_goes_on_from_where_the_database_knows_it_to_have_been() {
+    let place = Place::new();
+    place.write(5).await;
+    let head = check(&place.bytes(), Link::start());
+    let whole = place.bytes();
+    let open = || Audit::open(&place.path, "a", Some(head), Arc::new(ManualClock::new()));
+    drop(open().unwrap());
+    assert_eq!(place.bytes(), whole, "nothing to say");
+
+    let cut = whole.len() / 2;
+    fs::write(&place.path, &whole[..cut]).unwrap();
+    let refused = open().unwrap_err().to_string();
+    assert!(refused.contains("it ends with record 3, not 5"), "{refused}");
+
+    let forged = String::from_utf8(whole.clone()).unwrap();
+    let last = forged.rfind("request").unwrap();
+    let forged = format!("{}REQUEST{}", &forged[..last], &forged[last + 7..]);
+    fs::write(&place.path, forged).unwrap();
+    let refused = open().unwrap_err().to_string();
+    assert!(refused.contains("record 5 is not the one written"), "{refused}");
+
+    fs::remove_file(&place.path).unwrap();
+    let audit = open().unwrap();
+    audit.record(record()).await.unwrap();
+    assert_eq!(audit.head().seq, 7);
+    assert_eq!(check(&place.bytes(), head), audit.head());
+    let text = String::from_utf8(place.bytes()).unwrap();
+    assert!(text.lines().next().unwrap().contains("\"action\":\"audit_file_missing\""), "{text}");
+}
+
+#[tokio::test]
+async fn the_log_of_another_server_is_not_continued() {
+    let place = Place::new();
+    place.write(1).await;
+    let whole = place.bytes();
+    let error = Audit::open(&place.path, "b", None, Arc::new(ManualClock::new())).unwrap_err();
+    assert!(
+        error.to_string().contains("is of node \"a\", and this server is node \"b\""),
+        "{error}"
+    );
+    assert_eq!(place.bytes(), whole);
 }

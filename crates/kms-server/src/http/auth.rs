@@ -4,20 +4,27 @@ use super::problem::Problem;
 use crate::app::App;
 use crate::ops::Error;
 use crate::policy::Caller;
+use crate::token::Bearer;
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
+use kms_api::trace::{TRACEPARENT, TraceParent};
 use uuid::Uuid;
 
 /// The on-premises product calls it `icp-instance`, the cloud service `Bluemix-Instance`.
 const INSTANCE_HEADERS: [&str; 2] = ["icp-instance", "bluemix-instance"];
 const MAX_CORRELATION: usize = 128;
 
-/// Checks the token, and asks the store whether its API key still exists: a revoked one ends with the next call.
+/// Checks the token, and asks the store whether what it was got with is still good: a revoked or locked API key ends
+/// with the next call.
 pub(super) async fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, Problem> {
     let token = bearer(headers).ok_or(Problem::NoToken)?;
-    let bearer = app.issuer.verify(token).map_err(|_| Problem::BadToken)?;
-    let known = app.store.caller(bearer.service_id, bearer.api_key).await.map_err(Error::from)?;
-    known.ok_or(Problem::BadToken)
+    let known = match app.issuer.verify(token).map_err(|_| Problem::BadToken)? {
+        Bearer::ServiceId { service_id, secret } => {
+            app.store.caller(service_id, &secret, app.now()).await
+        }
+        Bearer::Profile(profile) => app.store.caller_by_profile(profile).await,
+    };
+    known.map_err(Error::from)?.ok_or(Problem::BadToken)
 }
 
 /// The instance that the request is about.
@@ -52,8 +59,22 @@ pub(super) fn prefers_representation(headers: &HeaderMap) -> bool {
         .any(|value| value.split([',', ';']).any(|one| one.trim() == "return=representation"))
 }
 
-/// What the caller calls this request, if it can be repeated in a header, a log and an audit record.
-pub(super) fn correlation(headers: &HeaderMap) -> Option<String> {
+/// What the caller calls this request.
+#[derive(Debug)]
+pub(super) struct Names {
+    pub(super) correlation: Option<String>,
+    pub(super) trace: Option<TraceParent>,
+}
+
+impl Names {
+    pub(super) fn of(headers: &HeaderMap) -> Names {
+        let trace = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        Names { correlation: correlation(headers), trace: trace.and_then(TraceParent::parse) }
+    }
+}
+
+/// The caller's own id, if it can be repeated in a header, a log and an audit record.
+fn correlation(headers: &HeaderMap) -> Option<String> {
     let text = headers.get("correlation-id")?.to_str().ok()?;
     let fits = (1..=MAX_CORRELATION).contains(&text.len());
     (fits && text.bytes().all(|b| b.is_ascii_graphic())).then(|| text.to_owned())

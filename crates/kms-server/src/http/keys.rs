@@ -62,13 +62,30 @@ pub(super) async fn perform(
         Action::Wrap => wrap(app, call, key(asked)?, body).await,
         Action::Unwrap => unwrap(app, call, key(asked)?, body).await,
         Action::RotateKey => rotate(app, call, key(asked)?, body).await,
+        Action::DisableKey => {
+            ops::disable_key::disable_key(app, call, key(asked)?).await?;
+            Ok(Answer::empty(StatusCode::NO_CONTENT))
+        }
+        Action::EnableKey => {
+            ops::enable_key::enable_key(app, call, key(asked)?).await?;
+            Ok(Answer::empty(StatusCode::NO_CONTENT))
+        }
         Action::DeleteKey => delete(app, call, key(asked)?, representation).await,
         Action::ListInstances
         | Action::CreateInstance
         | Action::ListServiceIds
         | Action::CreateServiceId
+        | Action::ListPolicies
+        | Action::CreatePolicy
+        | Action::DeletePolicy
+        | Action::ListProfiles
+        | Action::CreateProfile
+        | Action::DeleteProfile
         | Action::ListApiKeys
         | Action::CreateApiKey
+        | Action::LockApiKey
+        | Action::UnlockApiKey
+        | Action::RotateApiKey
         | Action::DeleteApiKey => Err(Problem::NotBuilt),
     }
 }

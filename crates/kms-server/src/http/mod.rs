@@ -14,7 +14,7 @@ mod tokens;
 use crate::app::App;
 use crate::ops::{self, Call};
 use crate::policy::{Action, Scope};
-use auth::correlation;
+use auth::Names;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -23,6 +23,7 @@ use hyper::body::Incoming;
 use problem::{Dialect, Problem};
 use query::Query;
 use std::sync::Arc;
+use std::time::Duration;
 use zeroize::Zeroizing;
 
 /// Both prefixes of the key API: direct, and behind the ingress of the on-premises product.
@@ -54,9 +55,13 @@ pub const KEY_ROUTES: &[Route] = &[
     route("POST", "/keys/{id}/actions/wrap", Action::Wrap),
     route("POST", "/keys/{id}/actions/unwrap", Action::Unwrap),
     route("POST", "/keys/{id}/actions/rotate", Action::RotateKey),
+    route("POST", "/keys/{id}/actions/disable", Action::DisableKey),
+    route("POST", "/keys/{id}/actions/enable", Action::EnableKey),
     route("POST", "/keys/{id}?action=wrap", Action::Wrap),
     route("POST", "/keys/{id}?action=unwrap", Action::Unwrap),
     route("POST", "/keys/{id}?action=rotate", Action::RotateKey),
+    route("POST", "/keys/{id}?action=disable", Action::DisableKey),
+    route("POST", "/keys/{id}?action=enable", Action::EnableKey),
 ];
 
 /// What the token service understands with a token. Tokens themselves and the signing keys are asked for without one.
@@ -65,8 +70,17 @@ pub const MANAGEMENT_ROUTES: &[Route] = &[
     route("POST", "/v1/instances", Action::CreateInstance),
     route("GET", "/v1/serviceids", Action::ListServiceIds),
     route("POST", "/v1/serviceids", Action::CreateServiceId),
+    route("GET", "/v1/policies", Action::ListPolicies),
+    route("POST", "/v1/policies", Action::CreatePolicy),
+    route("DELETE", "/v1/policies/{id}", Action::DeletePolicy),
+    route("GET", "/v1/profiles", Action::ListProfiles),
+    route("POST", "/v1/profiles", Action::CreateProfile),
+    route("DELETE", "/v1/profiles/{id}", Action::DeleteProfile),
     route("GET", "/v1/apikeys", Action::ListApiKeys),
     route("POST", "/v1/apikeys", Action::CreateApiKey),
+    route("POST", "/v1/apikeys/{id}/lock", Action::LockApiKey),
+    route("DELETE", "/v1/apikeys/{id}/lock", Action::UnlockApiKey),
+    route("POST", "/v1/apikeys/{id}/rotate", Action::RotateApiKey),
     route("DELETE", "/v1/apikeys/{id}", Action::DeleteApiKey),
 ];
 
@@ -94,45 +108,51 @@ impl Answer {
 
 /// Answers one request to the key API.
 pub async fn keys(app: Arc<App>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    let correlation = correlation(request.headers());
+    let names = Names::of(request.headers());
     let path = request.uri().path().to_owned();
     let found = KEY_PREFIXES
         .iter()
         .find_map(|prefix| path.strip_prefix(prefix).filter(|rest| rest.starts_with('/')));
     let query = Query::parse(request.uri().query().unwrap_or_default());
+    let began = app.clock.now();
     let (action, result) = match found {
         None => (None, Err(Problem::NoSuchPath)),
         Some(rest) => match find(KEY_ROUTES, request.method(), rest, &query) {
             None => (None, Err(Problem::NotBuilt)),
             Some((route, id)) => {
                 let asked = Asked { action: route.action, id, query: &query };
-                (Some(route.action), key_call(&app, request, &asked, correlation.clone()).await)
+                (
+                    Some(route.action),
+                    key_call(&app, request, &asked, names.correlation.clone()).await,
+                )
             }
         },
     };
-    finish(&app, Dialect::KeyProtect(action), result, correlation)
+    finish(&app, Dialect::KeyProtect(action), result, names, began)
 }
 
 /// Answers one request to the token service.
 pub async fn tokens(app: Arc<App>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    let correlation = correlation(request.headers());
+    let names = Names::of(request.headers());
     let path = request.uri().path().to_owned();
     let query = Query::default();
+    let began = app.clock.now();
     let result = match (request.method(), path.as_str()) {
-        (&Method::POST, "/oidc/token" | "/identity/token") => {
-            tokens::issue(&app, request, correlation.clone()).await
-        }
+        (&Method::POST, "/oidc/token" | "/identity/token") => match app.limits.begin() {
+            Ok(_turn) => tokens::issue(&app, request, names.correlation.clone()).await,
+            Err(why) => Err(why.into()),
+        },
         (_, "/oidc/token" | "/identity/token") => Err(Problem::WrongMethod),
         (&Method::GET | &Method::HEAD, "/identity/keys") => Ok(tokens::signing_keys(&app)),
         (method, path) => match find(MANAGEMENT_ROUTES, method, path, &query) {
             None => Err(Problem::NoSuchPath),
             Some((route, id)) => {
                 let asked = Asked { action: route.action, id, query: &query };
-                management_call(&app, request, &asked, correlation.clone()).await
+                management_call(&app, request, &asked, names.correlation.clone()).await
             }
         },
     };
-    finish(&app, Dialect::Iam, result, correlation)
+    finish(&app, Dialect::Iam, result, names, began)
 }
 
 /// What the request line says.
@@ -149,6 +169,7 @@ async fn key_call(
     asked: &Asked<'_>,
     correlation: Option<String>,
 ) -> Result<Answer, Problem> {
+    let _turn = app.limits.begin()?;
     let caller = auth::caller(app, request.headers()).await?;
     let instance = auth::instance(request.headers())?;
     let call = Call { caller, scope: Scope::Instance(instance), correlation };
@@ -163,6 +184,8 @@ async fn in_instance(
     asked: &Asked<'_>,
 ) -> Result<Answer, Problem> {
     ops::enter_instance(app, call).await?;
+    // Behind the door: nobody can use up what is another instance's.
+    call.scope.instance().map_or(Ok(()), |instance| app.limits.spend(instance))?;
     auth::key_ring(request.headers())?;
     let prefer = auth::prefers_representation(request.headers());
     let body = body::read(request).await?;
@@ -175,9 +198,9 @@ async fn management_call(
     asked: &Asked<'_>,
     correlation: Option<String>,
 ) -> Result<Answer, Problem> {
+    let _turn = app.limits.begin()?;
     let caller = auth::caller(app, request.headers()).await?;
-    let scope = caller.grant.scope;
-    let call = Call { caller, scope, correlation };
+    let call = Call { caller, scope: Scope::Everywhere, correlation };
     let result = match body::read(request).await {
         Ok(body) => manage::perform(app, &call, asked, &body).await,
         Err(problem) => Err(problem),
@@ -192,7 +215,11 @@ async fn settle(
     asked: &Asked<'_>,
     result: Result<Answer, Problem>,
 ) -> Result<Answer, Problem> {
-    let Err(problem) = &result else { return result };
+    let problem = match &result {
+        // A flood must not become one of the audit log.
+        Ok(_) | Err(Problem::TooMuch(_)) => return result,
+        Err(problem) => problem,
+    };
     let target = asked.id.and_then(auth::uuid);
     ops::record_refusal(app, call, asked.action, target, problem.code()).await?;
     result
@@ -202,11 +229,13 @@ fn finish(
     app: &App,
     dialect: Dialect,
     result: Result<Answer, Problem>,
-    correlation: Option<String>,
+    names: Names,
+    began: Duration,
 ) -> Response<Full<Bytes>> {
-    log(dialect, &result, correlation.as_deref());
+    log(dialect, &result, &names);
     let answer = result.unwrap_or_else(|problem| problem.answer(dialect));
-    app.metrics.answered(dialect.name(), answer.status.as_u16());
+    let took = app.clock.now().saturating_sub(began);
+    app.metrics.answered(dialect.name(), answer.status.as_u16(), took);
     let mut response = Response::new(Full::new(Bytes::from_owner(answer.body)));
     *response.status_mut() = answer.status;
     *response.headers_mut() = answer.headers;
@@ -214,20 +243,30 @@ fn finish(
     if !answer.media_type.is_empty() {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.media_type));
     }
-    if let Some(id) = correlation.and_then(|id| HeaderValue::try_from(id).ok()) {
+    if let Some(id) = names.correlation.and_then(|id| HeaderValue::try_from(id).ok()) {
         headers.insert(HeaderName::from_static("correlation-id"), id);
     }
     response
 }
 
-fn log(dialect: Dialect, result: &Result<Answer, Problem>, correlation: Option<&str>) {
-    let (what, correlation) = (dialect.name(), correlation.unwrap_or("-"));
+fn log(dialect: Dialect, result: &Result<Answer, Problem>, names: &Names) {
+    let (what, correlation) = (dialect.name(), names.correlation.as_deref().unwrap_or("-"));
+    let trace_id = || names.trace.map(|trace| tracing::field::display(trace.trace_id()));
     match result {
-        Ok(answer) => tracing::debug!(correlation, "{what}: {}", answer.status.as_u16()),
-        Err(problem) if problem.is_for_the_operator() => {
-            tracing::error!(correlation, "{what} failed: {problem}");
+        Ok(answer) => {
+            let status = answer.status.as_u16();
+            tracing::debug!(correlation, trace_id = trace_id(), "{what}: {status}");
         }
-        Err(problem) => tracing::info!(correlation, "{what} refused: {problem}"),
+        // Under overload a line for each would be one more load; they are counted.
+        Err(problem @ Problem::TooMuch(_)) => {
+            tracing::debug!(correlation, trace_id = trace_id(), "{what} refused: {problem}");
+        }
+        Err(problem) if problem.is_for_the_operator() => {
+            tracing::error!(correlation, trace_id = trace_id(), "{what} failed: {problem}");
+        }
+        Err(problem) => {
+            tracing::info!(correlation, trace_id = trace_id(), "{what} refused: {problem}");
+        }
     }
 }
 
@@ -285,8 +324,8 @@ mod tests {
     fn what_is_not_in_the_table_matches_nothing() {
         for (method, path, query) in [
             (Method::POST, "/keys/k1", ""),
-            (Method::POST, "/keys/k1", "action=disable"),
-            (Method::POST, "/keys/k1/actions/disable", ""),
+            (Method::POST, "/keys/k1", "action=rewrap"),
+            (Method::POST, "/keys/k1/actions/rewrap", ""),
             (Method::PATCH, "/keys/k1", ""),
             (Method::GET, "/keys/", ""),
             (Method::GET, "/keys/k1/", ""),

@@ -4,6 +4,7 @@
 //! What the operator must act on is told to the operator's log; the caller hears only that it is not their fault.
 
 use super::Answer;
+use crate::limits::TooMuch;
 use crate::ops::Error;
 use crate::policy::Action;
 use http::header::{HeaderValue, RETRY_AFTER};
@@ -42,8 +43,12 @@ pub(super) enum Problem {
     NoBody,
     #[error("{0} is missing or empty")]
     MissingProperty(&'static str),
-    #[error("grants other than an API key are not built into this server")]
+    #[error(
+        "grants other than an API key or a token of a trusted issuer are not built into this server"
+    )]
     UnknownGrant,
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
     #[error(transparent)]
     Op(#[from] Error),
 }
@@ -79,7 +84,7 @@ impl Problem {
             }
             Dialect::Iam => Answer::json(self.iam_status(status), JSON, &self.iam(code)),
         };
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if matches!(status, StatusCode::SERVICE_UNAVAILABLE | StatusCode::TOO_MANY_REQUESTS) {
             answer.headers.insert(RETRY_AFTER, RETRY);
         }
         answer
@@ -103,6 +108,10 @@ impl Problem {
             Problem::MissingProperty(_) | Problem::UnknownGrant => {
                 (StatusCode::BAD_REQUEST, "INVALID_FIELD_ERR")
             }
+            Problem::TooMuch(TooMuch::Rate) => {
+                (StatusCode::TOO_MANY_REQUESTS, "TOO_MANY_REQUESTS_ERR")
+            }
+            Problem::TooMuch(_) => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED_ERR"),
             Problem::Op(error) => operation(error),
         }
     }
@@ -119,9 +128,10 @@ impl Problem {
             Problem::Op(Error::Denied(_)) => plain(
                 "Unauthorized: The user does not have access to the specified resource".into(),
             ),
-            _ if status == StatusCode::SERVICE_UNAVAILABLE => {
-                plain("Unavailable: Experiencing delays. Please try again in few minutes.".into())
-            }
+            // The text that operators search for, and behind it which part of this server to look at.
+            _ if status == StatusCode::SERVICE_UNAVAILABLE => plain(format!(
+                "Unavailable: Experiencing delays. Please try again in few minutes. ({code})"
+            )),
             Problem::NoToken | Problem::BadToken => plain(format!("{name}: {self}")),
             // One of IBM's clients shows this text only, so it must say what is missing.
             _ if status == StatusCode::NOT_IMPLEMENTED => Refusal {
@@ -167,14 +177,16 @@ impl Problem {
             }
             Problem::MissingProperty(_) => ("BXNIM0109E", "Property missing or empty."),
             Problem::NoToken => ("BXNIM0308E", "No authorization header was found."),
-            Problem::BadToken => ("BXNIM0407E", "Provided token is invalid."),
+            Problem::BadToken | Problem::Op(Error::NotTrusted) => {
+                ("BXNIM0407E", "Provided token is invalid.")
+            }
             Problem::Op(Error::Denied(_)) => {
                 ("BXNIM0513E", "You are not authorized to use this API.")
             }
             Problem::WrongMethod => ("BXNIM0060E", "Method not allowed."),
-            Problem::Op(Error::Vault(_) | Error::Store(_) | Error::Audit(_)) => {
-                (code, "The service is not available. Please try again in few minutes.")
-            }
+            Problem::Op(
+                Error::Vault(_) | Error::Store(_) | Error::Audit(_) | Error::IssuerAway(_),
+            ) => (code, "The service is not available. Please try again in few minutes."),
             _ => (code, ""),
         };
         let own = error_message.is_empty();
@@ -218,19 +230,22 @@ fn operation(error: &Error) -> (StatusCode, &'static str) {
         Error::KeyNotFound => (StatusCode::NOT_FOUND, "KEY_NOT_FOUND_ERR"),
         Error::KeyDeleted => (StatusCode::GONE, "KEY_DELETED_ERR"),
         Error::KeyState => (StatusCode::CONFLICT, "KEY_ACTION_INVALID_STATE_ERR"),
+        Error::UsedUp => (StatusCode::CONFLICT, "KEY_VERSION_USED_UP_ERR"),
         Error::RotatedTooSoon { .. } => (StatusCode::CONFLICT, "KEY_ROTATION_NOT_PERMITTED"),
         Error::NotFound(_) => (StatusCode::NOT_FOUND, "NOT_FOUND"),
         Error::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
         Error::UnknownApiKey => (StatusCode::BAD_REQUEST, "UNKNOWN_API_KEY"),
+        Error::NotTrusted => (StatusCode::BAD_REQUEST, "UNTRUSTED_TOKEN"),
         Error::Vault(
             VaultError::Unavailable { .. }
             | VaultError::TimedOut
             | VaultError::Busy
             | VaultError::Capacity(_)
             | VaultError::Credential(_),
-        )
-        | Error::Store(_)
-        | Error::Audit(_) => (StatusCode::SERVICE_UNAVAILABLE, "UNAVAILABLE"),
+        ) => (StatusCode::SERVICE_UNAVAILABLE, "HSM_UNAVAILABLE_ERR"),
+        Error::Store(_) => (StatusCode::SERVICE_UNAVAILABLE, "DATABASE_UNAVAILABLE_ERR"),
+        Error::Audit(_) => (StatusCode::SERVICE_UNAVAILABLE, "AUDIT_UNAVAILABLE_ERR"),
+        Error::IssuerAway(_) => (StatusCode::SERVICE_UNAVAILABLE, "ISSUER_UNAVAILABLE_ERR"),
         Error::Vault(
             VaultError::NotFound
             | VaultError::NotAuthentic
@@ -252,13 +267,24 @@ fn phrase(action: Action) -> &'static str {
         Action::Wrap => "Wrap with key could not be performed",
         Action::Unwrap => "Unwrap with key could not be performed",
         Action::RotateKey => "Key could not be rotated",
+        Action::DisableKey => "Key could not be disabled",
+        Action::EnableKey => "Key could not be enabled",
         Action::DeleteKey => "Key could not be deleted",
         Action::ListInstances
         | Action::CreateInstance
         | Action::ListServiceIds
         | Action::CreateServiceId
+        | Action::ListPolicies
+        | Action::CreatePolicy
+        | Action::DeletePolicy
+        | Action::ListProfiles
+        | Action::CreateProfile
+        | Action::DeleteProfile
         | Action::ListApiKeys
         | Action::CreateApiKey
+        | Action::LockApiKey
+        | Action::UnlockApiKey
+        | Action::RotateApiKey
         | Action::DeleteApiKey => "Request could not be processed",
     }
 }
@@ -266,6 +292,7 @@ fn phrase(action: Action) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::audit::AuditError;
 
     fn said(problem: Problem, dialect: Dialect) -> (u16, serde_json::Value) {
         let answer = problem.answer(dialect);
@@ -307,8 +334,31 @@ mod tests {
         assert_eq!(status, 503);
         assert_eq!(
             body["resources"][0]["errorMsg"],
-            "Unavailable: Experiencing delays. Please try again in few minutes."
+            "Unavailable: Experiencing delays. Please try again in few minutes. (HSM_UNAVAILABLE_ERR)"
         );
+    }
+
+    #[test]
+    fn an_outage_names_the_part_that_is_away_in_both_dialects() {
+        let audit = || AuditError::TimedOut { path: "/secret/path".into() }.into();
+        let hsm = || VaultError::Unavailable { cause: "slot 7 has no token".into() }.into();
+        let database = || crate::store::StoreError::Unavailable("/secret/path".into()).into();
+        for (error, code) in [
+            (&audit as &dyn Fn() -> Error, "AUDIT_UNAVAILABLE_ERR"),
+            (&hsm, "HSM_UNAVAILABLE_ERR"),
+            (&database, "DATABASE_UNAVAILABLE_ERR"),
+        ] {
+            let (status, body) = said(error().into(), Dialect::KeyProtect(Some(Action::Wrap)));
+            assert_eq!((status, body["resources"][0]["reasons"].is_null()), (503, true));
+            let text = body["resources"][0]["errorMsg"].as_str().unwrap();
+            assert!(text.ends_with(&format!("({code})")), "{text}");
+            let (status, iam) = said(error().into(), Dialect::Iam);
+            assert_eq!((status, &iam["errorCode"]), (503, &serde_json::json!(code)));
+            for body in [body, iam] {
+                let text = body.to_string();
+                assert!(!text.contains("secret") && !text.contains("slot"), "{text}");
+            }
+        }
     }
 
     #[test]

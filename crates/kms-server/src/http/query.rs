@@ -48,15 +48,16 @@ impl Query {
         for number in self.all("state").flat_map(|list| list.split(',')) {
             match number.trim() {
                 "1" => states.push(KeyState::Active),
+                "2" => states.push(KeyState::Suspended),
                 "3" => states.push(KeyState::Deactivated),
                 "5" => states.push(KeyState::Destroyed),
-                // Pre-activation and suspended: no key of this server is ever in these states.
-                "0" | "2" => {}
+                // Pre-activation: no key of this server is ever seen in this state.
+                "0" => {}
                 _ => return Err(wrong("state", "must list states out of 0, 1, 2, 3, 5")),
             }
         }
         if self.text("state").is_none() {
-            states = vec![KeyState::Active, KeyState::Deactivated];
+            states = vec![KeyState::Active, KeyState::Suspended, KeyState::Deactivated];
         }
         Ok(states)
     }
@@ -86,20 +87,20 @@ mod tests {
     #[test]
     fn states_come_with_commas_repeated_escaped_or_empty() {
         let (one, two) = (vec![KeyState::Active], vec![KeyState::Active, KeyState::Destroyed]);
-        let default = vec![KeyState::Active, KeyState::Deactivated];
+        let default = vec![KeyState::Active, KeyState::Suspended, KeyState::Deactivated];
         for (query, wanted) in [
             ("state=1", &one),
             ("state=1,5", &two),
             ("state=1%2C5", &two),
             ("state=1&state=5", &two),
-            ("state=0,1,2,5", &two),
+            ("state=0,1,5", &two),
             ("state=", &default),
             ("", &default),
         ] {
             assert_eq!(&Query::parse(query).states().unwrap(), wanted, "{query}");
         }
         assert!(Query::parse("state=9").states().is_err());
-        assert_eq!(Query::parse("state=2").states().unwrap(), []);
+        assert_eq!(Query::parse("state=0").states().unwrap(), []);
     }
 
     #[test]

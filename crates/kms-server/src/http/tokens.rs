@@ -1,12 +1,13 @@
-//! The token service: an API key for a token, and the key that tokens are checked with.
+//! The token service: an API key or another issuer's token for a token of ours, and the key that tokens are checked with.
 
 use super::problem::Problem;
-use super::{Answer, body};
+use super::{Answer, auth, body};
 use crate::app::App;
-use crate::ops::issue_token::issue_token;
+use crate::ops::Error;
+use crate::ops::issue_token::{Login, ProfileName, issue_token, trade_token};
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
-use kms_api::rest::{API_KEY_GRANT, TokenAnswer};
+use kms_api::rest::{API_KEY_GRANT, CR_TOKEN_GRANT, JWT_BEARER_GRANT, TokenAnswer};
 use kms_core::secret::SecretText;
 
 const JSON: &str = "application/json";
@@ -18,8 +19,10 @@ pub(super) async fn issue(
     correlation: Option<String>,
 ) -> Result<Answer, Problem> {
     let body = body::read(request).await?;
-    let api_key = api_key(body.as_slice())?;
-    let issued = issue_token(app, &api_key, correlation).await?;
+    let issued = match Asked::read(body.as_slice())? {
+        Asked::ApiKey(api_key) => issue_token(app, &api_key, correlation).await?,
+        Asked::Login(login) => trade_token(app, login, correlation).await?,
+    };
     let answer = TokenAnswer {
         access_token: issued.token,
         refresh_token: Some(SecretText::new("not_supported".into())),
@@ -36,31 +39,101 @@ pub(super) fn signing_keys(app: &App) -> Answer {
     Answer::json(StatusCode::OK, JSON, &keys)
 }
 
-/// The API key in the form `body` of a token request.
-fn api_key(body: &[u8]) -> Result<SecretText, Problem> {
-    let (mut grant, mut api_key) = (None, None);
-    for (name, value) in form_urlencoded::parse(body) {
-        match &*name {
-            "grant_type" if grant.is_none() => grant = Some(value.into_owned()),
-            "apikey" if api_key.is_none() => api_key = Some(SecretText::new(value.into_owned())),
-            // One member twice: nobody can say which was meant.
-            "grant_type" | "apikey" => {
-                return Err(Problem::BadBody(format!("{name} is there twice")));
+/// What a token request shows.
+#[derive(Debug)]
+enum Asked {
+    ApiKey(SecretText),
+    Login(Login),
+}
+
+impl Asked {
+    /// # Errors
+    /// `MissingProperty`, `UnknownGrant`, `BadBody`.
+    fn read(body: &[u8]) -> Result<Asked, Problem> {
+        let form = Form::read(body)?;
+        match form.text("grant_type") {
+            None => Err(Problem::MissingProperty("grant_type")),
+            Some(API_KEY_GRANT) => Ok(Asked::ApiKey(form.required("apikey")?)),
+            Some(CR_TOKEN_GRANT) => {
+                let profile = form.profile()?;
+                if profile == ProfileName::default() {
+                    return Err(Problem::MissingProperty("profile_id or profile_name"));
+                }
+                let token = form.required("cr_token")?;
+                Ok(Asked::Login(Login { grant: CR_TOKEN_GRANT, token, profile }))
             }
-            _ => {}
+            Some(JWT_BEARER_GRANT) => {
+                let (token, profile) = (form.required("assertion")?, form.profile()?);
+                Ok(Asked::Login(Login { grant: JWT_BEARER_GRANT, token, profile }))
+            }
+            Some(_) => Err(Problem::UnknownGrant),
         }
     }
-    match grant.as_deref() {
-        None | Some("") => return Err(Problem::MissingProperty("grant_type")),
-        Some(API_KEY_GRANT) => {}
-        Some(_) => return Err(Problem::UnknownGrant),
+}
+
+/// The members of a form that mean something here, each once.
+#[derive(Debug, Default)]
+struct Form(Vec<(&'static str, SecretText)>);
+
+impl Form {
+    const MEMBERS: [&str; 6] =
+        ["grant_type", "apikey", "cr_token", "assertion", "profile_id", "profile_name"];
+
+    fn read(body: &[u8]) -> Result<Form, Problem> {
+        let mut form = Form::default();
+        for (name, value) in form_urlencoded::parse(body) {
+            let Some(name) = Form::MEMBERS.into_iter().find(|known| *known == name) else {
+                continue;
+            };
+            if form.0.iter().any(|(there, _)| *there == name) {
+                // Nobody can say which was meant.
+                return Err(Problem::BadBody(format!("{name} is there twice")));
+            }
+            form.0.push((name, SecretText::new(value.into_owned())));
+        }
+        Ok(form)
     }
-    api_key.filter(|key| !key.is_empty()).ok_or(Problem::MissingProperty("apikey"))
+
+    /// An empty member is none.
+    fn find(&self, name: &str) -> Option<&SecretText> {
+        let found = self.0.iter().find(|(there, _)| *there == name);
+        found.map(|(_, value)| value).filter(|value| !value.is_empty())
+    }
+
+    fn text(&self, name: &str) -> Option<&str> {
+        self.find(name).map(SecretText::expose)
+    }
+
+    fn required(&self, name: &'static str) -> Result<SecretText, Problem> {
+        self.find(name).cloned().ok_or(Problem::MissingProperty(name))
+    }
+
+    /// A profile that cannot be one gets the answer of one that does not exist.
+    fn profile(&self) -> Result<ProfileName, Problem> {
+        let bare = |text: &str| auth::uuid(text.strip_prefix("Profile-").unwrap_or(text));
+        let id = self.text("profile_id").map(|text| bare(text).ok_or(Error::NotTrusted));
+        let name = self.text("profile_name").map(str::to_owned);
+        Ok(ProfileName { id: id.transpose()?, name })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn api_key(form: &str) -> Result<String, Problem> {
+        match Asked::read(form.as_bytes())? {
+            Asked::ApiKey(key) => Ok(key.expose().to_owned()),
+            Asked::Login(login) => panic!("{login:?}"),
+        }
+    }
+
+    fn login(form: &str) -> Result<(String, ProfileName), Problem> {
+        match Asked::read(form.as_bytes())? {
+            Asked::ApiKey(_) => panic!("no login"),
+            Asked::Login(login) => Ok((login.token.expose().to_owned(), login.profile)),
+        }
+    }
 
     #[test]
     fn the_forms_of_the_clients_are_read() {
@@ -69,19 +142,36 @@ mod tests {
             "response_type=cloud_iam&uaa_client_id=cf&uaa_client_secret=&\
              grant_type=urn%3Aibm%3Aparams%3Aoauth%3Agrant-type%3Aapikey&apikey=k-1",
         ] {
-            assert_eq!(api_key(form.as_bytes()).unwrap().expose(), "k-1");
+            assert_eq!(api_key(form).unwrap(), "k-1");
         }
+        let id = "00000000-0000-4000-8000-000000000001";
+        let form =
+            format!("grant_type={CR_TOKEN_GRANT}&cr_token=a.b.c&profile_id=Profile-{id}&scope=");
+        let wanted = ProfileName { id: Some(id.parse().unwrap()), name: None };
+        assert_eq!(login(&form).unwrap(), ("a.b.c".to_owned(), wanted));
+        let form = format!("profile_name=node&cr_token=a.b.c&grant_type={CR_TOKEN_GRANT}&apikey=");
+        let wanted = ProfileName { id: None, name: Some("node".into()) };
+        assert_eq!(login(&form).unwrap(), ("a.b.c".to_owned(), wanted));
+        let form = format!("grant_type={JWT_BEARER_GRANT}&assertion=a.b.c");
+        assert_eq!(login(&form).unwrap(), ("a.b.c".to_owned(), ProfileName::default()));
     }
 
     #[test]
     fn what_is_missing_is_named_and_other_grants_are_refused() {
-        assert!(matches!(api_key(b"apikey=k"), Err(Problem::MissingProperty("grant_type"))));
+        assert!(matches!(api_key("apikey=k"), Err(Problem::MissingProperty("grant_type"))));
         let grant = format!("grant_type={API_KEY_GRANT}");
-        assert!(matches!(api_key(grant.as_bytes()), Err(Problem::MissingProperty("apikey"))));
+        assert!(matches!(api_key(&grant), Err(Problem::MissingProperty("apikey"))));
         let empty = format!("{grant}&apikey=");
-        assert!(matches!(api_key(empty.as_bytes()), Err(Problem::MissingProperty("apikey"))));
+        assert!(matches!(api_key(&empty), Err(Problem::MissingProperty("apikey"))));
         let twice = format!("{grant}&apikey=a&apikey=b");
-        assert!(matches!(api_key(twice.as_bytes()), Err(Problem::BadBody(_))));
-        assert!(matches!(api_key(b"grant_type=password&username=u"), Err(Problem::UnknownGrant)));
+        assert!(matches!(api_key(&twice), Err(Problem::BadBody(_))));
+        let password = "grant_type=password&username=u";
+        assert!(matches!(api_key(password), Err(Problem::UnknownGrant)));
+        let grant = format!("grant_type={CR_TOKEN_GRANT}&profile_name=node");
+        assert!(matches!(login(&grant), Err(Problem::MissingProperty("cr_token"))));
+        let nobody = format!("grant_type={CR_TOKEN_GRANT}&cr_token=a.b.c");
+        assert!(matches!(login(&nobody), Err(Problem::MissingProperty(_))));
+        let no_id = format!("{grant}&cr_token=a.b.c&profile_id=me");
+        assert!(matches!(login(&no_id), Err(Problem::Op(Error::NotTrusted))));
     }
 }

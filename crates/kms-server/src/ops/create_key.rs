@@ -1,10 +1,10 @@
 //! Makes a CRK: its row first, then its key in the HSM, then both become visible. A crash in between leaves something
 //! that has a name, is invisible, and is reported at the next start.
 
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, keep_check_value, record};
 use crate::app::App;
 use crate::policy::Action;
-use crate::store::{Key, NewKey, Version};
+use crate::store::{Key, KeyState, NewKey, Version};
 use crate::token::random_uuid;
 use time::OffsetDateTime;
 
@@ -23,6 +23,7 @@ pub async fn create_key(app: &App, call: &Call, asked: Description) -> Result<Ke
     call.allow(Action::CreateKey)?;
     let key = begin(app, call, asked, false).await?;
     app.vault.create_version(key.version.id).await?;
+    keep_check_value(app, key.version.id).await?;
     app.store.activate_key(key.id, key.version.id).await?;
     record(app, call, Action::CreateKey, Subject::key(&key)).await?;
     Ok(key)
@@ -55,7 +56,7 @@ pub(super) async fn begin(
         description: new.description,
         tags: new.tags,
         imported: new.imported,
-        destroyed: false,
+        marked: KeyState::Active,
         expires_at: new.expires_at,
         created_at: new.created_at,
         created_by: new.created_by,

@@ -12,7 +12,8 @@ use uuid::Uuid;
 /// # Errors
 /// `Denied`, `KeyNotFound`, `KeyDeleted`, and those of database and audit log.
 pub async fn delete_key(app: &App, call: &Call, key: Uuid) -> Result<Key, Error> {
-    call.allow(Action::DeleteKey)?;
+    call.allow_key(Action::DeleteKey, key)?;
+    let _gate = app.gates.change(key).await;
     let key = living_key(app, call, key).await?;
     let by = call.caller.iam_id();
     if !app.store.delete_key(key.instance, key.id, app.now(), &by).await? {

@@ -11,7 +11,7 @@ use uuid::Uuid;
 /// # Errors
 /// `Denied`, `KeyNotFound`, and those of database and audit log.
 pub async fn get_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
-    call.allow(Action::ReadKey)?;
+    call.allow_key(Action::ReadKey, id)?;
     show(app, call, Action::ReadKey, id).await
 }
 
@@ -20,7 +20,7 @@ pub async fn get_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
 /// # Errors
 /// As [`get_key`].
 pub async fn get_metadata(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
-    call.allow(Action::ReadMetadata)?;
+    call.allow_key(Action::ReadMetadata, id)?;
     show(app, call, Action::ReadMetadata, id).await
 }
 
@@ -35,7 +35,7 @@ pub async fn list_versions(
     id: Uuid,
     any_state: bool,
 ) -> Result<Vec<Version>, Error> {
-    call.allow(Action::ListVersions)?;
+    call.allow_key(Action::ListVersions, id)?;
     let key = find(app, call, id).await?;
     if !any_state && key.state(app.now()) != KeyState::Active {
         return Err(Error::KeyState);

@@ -1,7 +1,7 @@
 //! Makes a CRK from key material that the caller brings. It enters the HSM wrapped and is unwrapped there.
 
 use super::create_key::{Description, begin};
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, keep_check_value, record};
 use crate::app::App;
 use crate::policy::Action;
 use crate::store::Key;
@@ -19,6 +19,7 @@ pub async fn import_key(
     check_length(&material)?;
     let key = begin(app, call, asked, true).await?;
     app.vault.import_version(key.version.id, material).await?;
+    keep_check_value(app, key.version.id).await?;
     app.store.activate_key(key.id, key.version.id).await?;
     record(app, call, Action::ImportKey, Subject::key(&key)).await?;
     Ok(key)

@@ -2,7 +2,7 @@
 
 use super::{Call, Error, Subject, record};
 use crate::app::App;
-use crate::policy::{Action, Scope};
+use crate::policy::{self, Action, Scope};
 use crate::store::Instance;
 use crate::token::random_uuid;
 
@@ -11,9 +11,9 @@ use crate::token::random_uuid;
 /// # Errors
 /// `Denied`, and those of database and audit log.
 pub async fn list_instances(app: &App, call: &Call) -> Result<Vec<Instance>, Error> {
-    call.allow(Action::ListInstances)?;
+    policy::allow_somewhere(&call.caller, Action::ListInstances)?;
     let mut instances = app.store.instances().await?;
-    instances.retain(|one| call.caller.grant.scope.covers(Scope::Instance(one.id)));
+    instances.retain(|one| policy::sees(&call.caller, Scope::Instance(one.id)));
     record(app, call, Action::ListInstances, Subject::default()).await?;
     Ok(instances)
 }
@@ -22,11 +22,10 @@ pub async fn list_instances(app: &App, call: &Call) -> Result<Vec<Instance>, Err
 /// `Denied` unless the caller has rights everywhere, `Conflict` when the name is taken, and those of HSM, database and
 /// audit log.
 pub async fn create_instance(app: &App, call: &Call, name: String) -> Result<Instance, Error> {
-    let everywhere = Call { scope: Scope::Everywhere, ..call.clone() };
-    everywhere.allow(Action::CreateInstance)?;
+    call.at(Scope::Everywhere).allow(Action::CreateInstance)?;
     let instance = Instance { id: random_uuid(&*app.vault).await?, name, created_at: app.now() };
     app.store.add_instance(&instance).await?;
-    let there = Call { scope: Scope::Instance(instance.id), ..call.clone() };
-    record(app, &there, Action::CreateInstance, Subject::default()).await?;
+    record(app, &call.at(Scope::Instance(instance.id)), Action::CreateInstance, Subject::default())
+        .await?;
     Ok(instance)
 }

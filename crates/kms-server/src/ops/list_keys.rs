@@ -2,7 +2,7 @@
 
 use super::{Call, Error, Subject, record};
 use crate::app::App;
-use crate::policy::Action;
+use crate::policy::{self, Action, Reach};
 use crate::store::{Key, KeyState, Page, Wanted};
 
 /// Which keys are asked for.
@@ -28,8 +28,8 @@ pub async fn list_keys(
     filter: Filter,
     page: Page,
 ) -> Result<Listed, Error> {
-    call.allow(Action::ListKeys)?;
-    let (instance, wanted) = (call.instance()?, wanted(app, filter));
+    let instance = call.instance()?;
+    let wanted = wanted(app, filter, policy::reach(&call.caller, Action::ListKeys, instance)?);
     let keys = app.store.keys(instance, &wanted, page).await?;
     let total = app.store.count_keys(instance, &wanted).await?;
     record(app, call, Action::ListKeys, Subject::default()).await?;
@@ -39,13 +39,14 @@ pub async fn list_keys(
 /// # Errors
 /// As [`list_keys`].
 pub async fn count_keys(app: &App, call: &Call, filter: Filter) -> Result<u64, Error> {
-    call.allow(Action::CountKeys)?;
-    let total = app.store.count_keys(call.instance()?, &wanted(app, filter)).await?;
+    let instance = call.instance()?;
+    let wanted = wanted(app, filter, policy::reach(&call.caller, Action::CountKeys, instance)?);
+    let total = app.store.count_keys(instance, &wanted).await?;
     record(app, call, Action::CountKeys, Subject::default()).await?;
     Ok(total)
 }
 
-fn wanted(app: &App, filter: Filter) -> Wanted {
+fn wanted(app: &App, filter: Filter, reach: Reach) -> Wanted {
     let states = if filter.extractable == Some(true) { Vec::new() } else { filter.states };
-    Wanted { states, now: app.now() }
+    Wanted { states, now: app.now(), reach }
 }

@@ -4,11 +4,15 @@
 pub mod api_keys;
 pub mod create_key;
 pub mod delete_key;
+pub mod disable_key;
+pub mod enable_key;
 pub mod get_key;
 pub mod import_key;
 pub mod instances;
 pub mod issue_token;
 pub mod list_keys;
+pub mod policies;
+pub mod profiles;
 pub mod rotate_key;
 pub mod service_ids;
 pub mod unwrap;
@@ -16,6 +20,7 @@ pub mod wrap;
 
 use crate::app::App;
 use crate::audit::{AuditError, Outcome, Record};
+use crate::issuers::LoginError;
 use crate::policy::{self, Action, Caller, Denied, Scope};
 use crate::store::{Key, KeyState, StoreError};
 use kms_hsm::VaultError;
@@ -31,8 +36,22 @@ pub struct Call {
 }
 
 impl Call {
+    /// The same call, about another place.
+    fn at(&self, scope: Scope) -> Call {
+        Call { scope, ..self.clone() }
+    }
+
     fn allow(&self, action: Action) -> Result<(), Denied> {
         policy::allow(&self.caller, action, self.scope)
+    }
+
+    /// Asked before the store is: whoever has no role for this key hears the same whether it exists or not.
+    fn allow_key(&self, action: Action, key: Uuid) -> Result<(), Error> {
+        let scope = Scope::Key { instance: self.instance()?, key };
+        match policy::allow(&self.caller, action, scope) {
+            Err(_) if !policy::sees(&self.caller, scope) => Err(Error::KeyNotFound),
+            allowed => Ok(allowed?),
+        }
     }
 
     /// The instance of a call to the key API.
@@ -70,12 +89,16 @@ pub enum Error {
     KeyState,
     #[error("the key was rotated less than {minimum} s ago")]
     RotatedTooSoon { minimum: u64 },
+    #[error("the active version of this key was used as often as is safe: rotate the key")]
+    UsedUp,
     #[error("{0} does not exist")]
     NotFound(&'static str),
     #[error("{0}")]
     Conflict(String),
     #[error("Provided API key could not be found")]
     UnknownApiKey,
+    #[error("{}", LoginError::NotTrusted)]
+    NotTrusted,
     // The operator looks at the HSM, the database or the audit log.
     #[error("HSM: {0}")]
     Vault(VaultError),
@@ -83,6 +106,18 @@ pub enum Error {
     Store(StoreError),
     #[error(transparent)]
     Audit(#[from] AuditError),
+    // The operator looks at the issuer of somebody's token.
+    #[error("{0}")]
+    IssuerAway(LoginError),
+}
+
+impl From<LoginError> for Error {
+    fn from(error: LoginError) -> Self {
+        match error {
+            LoginError::NotTrusted => Error::NotTrusted,
+            LoginError::Unavailable { .. } => Error::IssuerAway(error),
+        }
+    }
 }
 
 impl From<VaultError> for Error {
@@ -107,8 +142,11 @@ impl From<StoreError> for Error {
 /// `NoInstance`, and those of the database.
 pub async fn enter_instance(app: &App, call: &Call) -> Result<(), Error> {
     let id = call.instance()?;
-    let mine = call.caller.grant.scope.covers(call.scope);
-    if mine && app.store.instance_exists(id).await? { Ok(()) } else { Err(Error::NoInstance) }
+    if policy::sees(&call.caller, call.scope) && app.store.instance_exists(id).await? {
+        Ok(())
+    } else {
+        Err(Error::NoInstance)
+    }
 }
 
 /// What a record names besides the caller.
@@ -155,21 +193,44 @@ async fn write(
         action: action.name(),
         outcome,
         caller: Some(call.caller.iam_id()),
-        api_key: Some(call.caller.api_key),
+        api_key: call.caller.api_key(),
         instance: call.scope.instance(),
         target: subject.target,
         version: subject.version,
         correlation: call.correlation.clone(),
     };
-    Ok(app.audit.record(record).await?)
+    durable(app, record).await
 }
 
-/// The key `id`, if it may be used for more than being looked at.
+/// Returns when `record` is on disk; counts it, and how long that took.
+async fn durable(app: &App, record: Record) -> Result<(), Error> {
+    let began = app.clock.now();
+    let written = app.audit.record(record).await;
+    app.metrics.recorded(written.is_ok(), app.clock.now().saturating_sub(began));
+    Ok(written?)
+}
+
+/// Notes by what `version` is known again, before anything is wrapped with it.
+async fn keep_check_value(app: &App, version: Uuid) -> Result<(), Error> {
+    let value = app.vault.check_value(version).await?;
+    Ok(app.store.keep_check_value(version, value).await?)
+}
+
+/// The key `id`, if it may be changed.
 async fn living_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
     let key = app.store.key(call.instance()?, id).await?.ok_or(Error::KeyNotFound)?;
     match key.state(app.now()) {
         KeyState::Destroyed => Err(Error::KeyDeleted),
+        KeyState::Active | KeyState::Suspended | KeyState::Deactivated => Ok(key),
+    }
+}
+
+/// The key `id`, if what it wrapped may be unwrapped.
+async fn opening_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
+    let key = living_key(app, call, id).await?;
+    match key.state(app.now()) {
         KeyState::Active | KeyState::Deactivated => Ok(key),
+        KeyState::Suspended | KeyState::Destroyed => Err(Error::KeyState),
     }
 }
 
@@ -178,6 +239,6 @@ async fn active_key(app: &App, call: &Call, id: Uuid) -> Result<Key, Error> {
     let key = living_key(app, call, id).await?;
     match key.state(app.now()) {
         KeyState::Active => Ok(key),
-        KeyState::Deactivated | KeyState::Destroyed => Err(Error::KeyState),
+        KeyState::Suspended | KeyState::Deactivated | KeyState::Destroyed => Err(Error::KeyState),
     }
 }

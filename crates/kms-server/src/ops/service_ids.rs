@@ -1,50 +1,76 @@
 //! Service IDs: who may do what. Nobody gives a right that reaches further than their own.
 
+use super::policies::check_key;
 use super::{Call, Error, Subject, record};
 use crate::app::App;
-use crate::policy::{Action, Grant};
+use crate::policy::{self, Action, Grant, Scope};
 use crate::store::ServiceId;
 use crate::token::random_uuid;
+use uuid::Uuid;
 
 /// What the caller says about a new service ID.
 #[derive(Debug)]
 pub struct NewServiceId {
     pub name: String,
     pub description: Option<String>,
+    /// Its first policy. It lives in the instance of that one.
     pub grant: Grant,
 }
 
-/// Those whose rights are within the caller's own scope.
+/// Those that the caller manages.
 ///
 /// # Errors
 /// `Denied`, and those of database and audit log.
 pub async fn list_service_ids(app: &App, call: &Call) -> Result<Vec<ServiceId>, Error> {
-    call.allow(Action::ListServiceIds)?;
-    let mut service_ids = app.store.service_ids().await?;
-    service_ids.retain(|one| call.caller.grant.scope.covers(one.grant.scope));
+    let service_ids = managed(app, call, Action::ListServiceIds).await?;
     record(app, call, Action::ListServiceIds, Subject::default()).await?;
     Ok(service_ids)
 }
 
 /// # Errors
-/// `Denied`, also for a right outside the caller's own scope; `Conflict` when its instance does not exist; and those of
-/// HSM, database and audit log.
+/// `Denied`, also for a right outside the caller's own scope; `Conflict` when its instance does not exist, `NotFound`
+/// when its key does not; and those of HSM, database and audit log.
 pub async fn create_service_id(
     app: &App,
     call: &Call,
     asked: NewServiceId,
 ) -> Result<ServiceId, Error> {
-    let there = Call { scope: asked.grant.scope, ..call.clone() };
+    let there = call.at(Scope::of(asked.grant.scope.instance()));
     there.allow(Action::CreateServiceId)?;
+    check_key(app, asked.grant.scope).await?;
+    let id = random_uuid(&*app.vault).await?;
     let service_id = ServiceId {
-        id: random_uuid(&*app.vault).await?,
-        name: asked.name,
         description: asked.description,
-        grant: asked.grant,
-        created_at: app.now(),
+        ..ServiceId::with(id, asked.name, asked.grant, app.now())
     };
     app.store.add_service_id(&service_id).await?;
     let subject = Subject { target: Some(service_id.id), version: None };
     record(app, &there, Action::CreateServiceId, subject).await?;
     Ok(service_id)
+}
+
+/// All service IDs that the caller may do `action` with.
+pub(super) async fn managed(
+    app: &App,
+    call: &Call,
+    action: Action,
+) -> Result<Vec<ServiceId>, Error> {
+    policy::allow_somewhere(&call.caller, action)?;
+    let mut service_ids = app.store.service_ids().await?;
+    service_ids.retain(|one| policy::manages(&call.caller, action, one.home, &one.grants()));
+    Ok(service_ids)
+}
+
+/// The service ID `id`, if the caller may do `action` with it. One that they may not looks like none.
+pub(super) async fn managed_one(
+    app: &App,
+    call: &Call,
+    action: Action,
+    id: Uuid,
+) -> Result<ServiceId, Error> {
+    policy::allow_somewhere(&call.caller, action)?;
+    let found = app.store.service_id(id).await?;
+    found
+        .filter(|one| policy::manages(&call.caller, action, one.home, &one.grants()))
+        .ok_or(Error::NotFound("service ID"))
 }

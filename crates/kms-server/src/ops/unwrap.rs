@@ -4,13 +4,13 @@
 //! the same answer.
 
 use super::wrap::{mac_context, wrap_with};
-use super::{Call, Error, Subject, living_key, record};
+use super::{Call, Error, Subject, opening_key, record};
 use crate::app::App;
 use crate::policy::Action;
 use crate::store::{Key, KeyState, Version};
 use kms_core::secret::SecretBytes;
-use kms_core::wdek::Wdek;
-use kms_hsm::{VaultError, Wrapped};
+use kms_core::wdek::{Wdek, WdekVersion};
+use kms_hsm::{Sealed, VaultError, Wrapped};
 use uuid::Uuid;
 
 #[derive(Debug)]
@@ -30,11 +30,13 @@ pub struct Unwrapped {
 }
 
 /// # Errors
-/// `Denied`, `KeyNotFound`, `KeyDeleted`, `Field` (no WDEK at all), `NotAuthentic`, and those of HSM, database and
+/// `Denied`, `KeyNotFound`, `KeyDeleted`, `KeyState` (disabled), `Field` (no WDEK at all), `NotAuthentic`, and those of HSM, database and
 /// audit log.
 pub async fn unwrap(app: &App, call: &Call, asked: Unwrap) -> Result<Unwrapped, Error> {
-    call.allow(Action::Unwrap)?;
-    let key = living_key(app, call, asked.key).await?;
+    call.allow_key(Action::Unwrap, asked.key)?;
+    let _gate = app.gates.use_of(asked.key).await;
+
+    let key = opening_key(app, call, asked.key).await?;
     let (plaintext, version) = open(app, &key, &asked).await?;
     let rewrapped = rewrap(app, &key, &version, &plaintext, &asked.aad).await?;
     let subject = Subject { target: Some(key.id), version: Some(version.id) };
@@ -47,32 +49,46 @@ async fn open(app: &App, key: &Key, asked: &Unwrap) -> Result<(SecretBytes, Vers
         name: "ciphertext",
         why: "must be the original base64 encoded ciphertext from the wrap operation".into(),
     })?;
-    let versions = app.store.versions(key.instance, key.id).await?;
     let mut missing = None;
-    for version in candidates(versions, wdek.handle) {
-        let wrapped = Wrapped {
-            iv: wdek.iv.clone(),
-            ciphertext: wdek.ciphertext.clone(),
-            hash: wdek.hash.clone(),
-        };
+    for version in candidates(app, key, wdek.handle).await? {
         let context = mac_context(key, version.id, &asked.aad);
-        match app.vault.unwrap(version.id, &context, wrapped).await {
+        match open_with(app, version.id, &context, &wdek).await {
             Ok(plaintext) => return Ok((plaintext, version)),
             Err(VaultError::NotAuthentic | VaultError::BadInput(_)) => {}
-            // The HSM lost a version that the store knows. Another one may still have made this WDEK.
-            Err(VaultError::NotFound) => missing = Some(VaultError::NotFound),
+            // The HSM lost a version that the store knows, or holds another key in its place. Another version may
+            // still have made this WDEK.
+            Err(lost @ (VaultError::NotFound | VaultError::Policy(_))) => missing = Some(lost),
             Err(other) => return Err(other.into()),
         }
     }
     Err(missing.map_or(Error::NotAuthentic, Error::Vault))
 }
 
-/// A handle names the version; without one, all of the key's own versions are tried, newest first.
-fn candidates(versions: Vec<Version>, handle: Option<Uuid>) -> Vec<Version> {
-    match handle {
-        Some(id) => versions.into_iter().filter(|version| version.id == id).collect(),
-        None => versions,
+async fn open_with(
+    app: &App,
+    version: Uuid,
+    context: &[u8],
+    wdek: &Wdek,
+) -> Result<SecretBytes, VaultError> {
+    let (iv, ciphertext) = (wdek.iv.clone(), wdek.ciphertext.clone());
+    if wdek.version == WdekVersion::V4_0_0 {
+        return app.vault.unwrap_gcm(version, context, Sealed { iv, ciphertext }).await;
     }
+    let hash = wdek.hash.clone();
+    app.vault.unwrap(version, context, Wrapped { iv, ciphertext, hash }).await
+}
+
+/// A handle names the version; without one, all of the key's own versions are tried, newest first.
+async fn candidates(app: &App, key: &Key, handle: Option<Uuid>) -> Result<Vec<Version>, Error> {
+    if handle == Some(key.version.id) {
+        // The usual case, and the store has told it with the key.
+        return Ok(vec![key.version.clone()]);
+    }
+    let mut versions = app.store.versions(key.instance, key.id).await?;
+    if let Some(id) = handle {
+        versions.retain(|version| version.id == id);
+    }
+    Ok(versions)
 }
 
 async fn rewrap(

@@ -6,6 +6,7 @@ use crate::policy::Action;
 use crate::store::{Key, Version};
 use kms_core::secret::SecretBytes;
 use kms_core::wdek::{self, Wdek, WdekVersion};
+use kms_hsm::Sealed;
 use uuid::Uuid;
 
 /// The length of a DEK that the HSM makes.
@@ -28,9 +29,10 @@ pub struct Wrapped {
 }
 
 /// # Errors
-/// `Denied`, `KeyNotFound`, `KeyDeleted`, `KeyState` (expired), and those of HSM, database and audit log.
+/// `Denied`, `KeyNotFound`, `KeyDeleted`, `KeyState` (disabled or expired), and those of HSM, database and audit log.
 pub async fn wrap(app: &App, call: &Call, asked: Wrap) -> Result<Wrapped, Error> {
-    call.allow(Action::Wrap)?;
+    call.allow_key(Action::Wrap, asked.key)?;
+    let _gate = app.gates.use_of(asked.key).await;
     let key = active_key(app, call, asked.key).await?;
     let (dek, made) = dek(app, asked.plaintext).await?;
     let ciphertext = wrap_with(app, &key, dek, &asked.aad).await?;
@@ -58,17 +60,16 @@ pub(super) async fn wrap_with(
 ) -> Result<String, Error> {
     let version = key.version.id;
     let context = mac_context(key, version, aad);
-    let wrapped = app.vault.wrap(version, &context, dek).await?;
-    let handle = match app.settings.wdek_version {
-        WdekVersion::V2_0_0 => None,
-        WdekVersion::V2_1_0 => Some(version),
-    };
-    let wdek = Wdek {
-        version: app.settings.wdek_version,
-        ciphertext: wrapped.ciphertext,
-        hash: wrapped.hash,
-        iv: wrapped.iv,
-        handle,
+    let format = app.settings.wdek_version;
+    let wdek = if format == WdekVersion::V4_0_0 {
+        app.uses.take(&*app.store, version).await?;
+        let Sealed { iv, ciphertext } = app.vault.wrap_gcm(version, &context, dek).await?;
+        Wdek { version: format, ciphertext, hash: Vec::new(), iv, handle: Some(version) }
+    } else {
+        let kms_hsm::Wrapped { iv, ciphertext, hash } =
+            app.vault.wrap(version, &context, dek).await?;
+        let handle = (format != WdekVersion::V2_0_0).then_some(version);
+        Wdek { version: format, ciphertext, hash, iv, handle }
     };
     Ok(wdek.encode())
 }

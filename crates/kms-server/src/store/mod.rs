@@ -2,13 +2,19 @@
 //! and API keys are never in it.
 //!
 //! A CRK is first *pending*: its row is there before the HSM makes anything, so that whatever a crash leaves behind
-//! has a name. Pending keys and versions are invisible to all but [`Store::known_versions`].
+//! has a name. Pending keys and versions are invisible to all but [`Custody::known_versions`].
 
+mod access;
+mod custody;
 mod sqlite;
+mod trail;
 
+pub use access::{Access, ApiKey, ApiKeyHash, NewSecret, Policy, Profile, ServiceId};
+pub use custody::{Custody, KnownVersion};
 pub use sqlite::SqliteStore;
+pub use trail::Trail;
 
-use crate::policy::{Caller, Grant};
+use crate::policy::Reach;
 use async_trait::async_trait;
 use kms_hsm::RsaPublic;
 use std::fmt::Debug;
@@ -17,7 +23,7 @@ use uuid::Uuid;
 
 /// What the server remembers. Every method that changes something has done so durably when it returns.
 #[async_trait]
-pub trait Store: Send + Sync + Debug {
+pub trait Store: Access + Trail + Custody {
     /// Answers when the store can be read.
     async fn probe(&self) -> Result<(), StoreError>;
     /// Puts everything where a backup finds it. Nothing is asked of the store afterwards.
@@ -36,24 +42,6 @@ pub trait Store: Send + Sync + Debug {
     async fn add_instance(&self, instance: &Instance) -> Result<(), StoreError>;
     async fn instances(&self) -> Result<Vec<Instance>, StoreError>;
     async fn instance_exists(&self, id: Uuid) -> Result<bool, StoreError>;
-
-    /// # Errors
-    /// `Conflict` when its instance does not exist.
-    async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError>;
-    async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError>;
-    async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError>;
-
-    /// # Errors
-    /// `Conflict` when its service ID does not exist.
-    async fn add_api_key(&self, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError>;
-    /// Those that are not revoked.
-    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError>;
-    /// False when there is no such API key that could be revoked.
-    async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError>;
-    /// Who an API key speaks for, by what was presented; `None` for unknown and revoked keys alike.
-    async fn caller_by_hash(&self, hash: &ApiKeyHash) -> Result<Option<Caller>, StoreError>;
-    /// Who a token speaks for now; `None` once its API key is revoked.
-    async fn caller(&self, service_id: Uuid, api_key: Uuid) -> Result<Option<Caller>, StoreError>;
 
     /// Notes that `key` and its first version are about to be made.
     async fn begin_key(&self, key: &NewKey) -> Result<(), StoreError>;
@@ -74,6 +62,11 @@ pub trait Store: Send + Sync + Debug {
         version: Uuid,
         at: OffsetDateTime,
     ) -> Result<(), StoreError>;
+    /// Adds `uses` to how often `version` may have been used with AES-GCM, by all servers, and returns the sum.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such version.
+    async fn reserve_gcm_uses(&self, version: Uuid, uses: u64) -> Result<u64, StoreError>;
     async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError>;
     /// One page, ordered by id.
     async fn keys(
@@ -85,6 +78,13 @@ pub trait Store: Send + Sync + Debug {
     async fn count_keys(&self, instance: Uuid, wanted: &Wanted) -> Result<u64, StoreError>;
     /// Newest first. The first is the one that wraps.
     async fn versions(&self, instance: Uuid, key: Uuid) -> Result<Vec<Version>, StoreError>;
+    /// Marks an active key as suspended, or a suspended one as active; false when it was not in the other state.
+    async fn suspend_key(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        suspended: bool,
+    ) -> Result<bool, StoreError>;
     /// Marks a key as destroyed; false when it was already. Its versions stay, here and in the HSM.
     async fn delete_key(
         &self,
@@ -93,33 +93,11 @@ pub trait Store: Send + Sync + Debug {
         at: OffsetDateTime,
         by: &str,
     ) -> Result<bool, StoreError>;
-    /// Every version of every key, pending ones too: what the HSM is compared with.
-    async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError>;
 }
-
-/// SHA-256 of an API key. The key has 256 random bits, so the hash needs no salt and no stretching.
-pub type ApiKeyHash = [u8; 32];
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instance {
     pub id: Uuid,
-    pub name: String,
-    pub created_at: OffsetDateTime,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServiceId {
-    pub id: Uuid,
-    pub name: String,
-    pub description: Option<String>,
-    pub grant: Grant,
-    pub created_at: OffsetDateTime,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ApiKey {
-    pub id: Uuid,
-    pub service_id: Uuid,
     pub name: String,
     pub created_at: OffsetDateTime,
 }
@@ -143,6 +121,8 @@ pub struct FirstContent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyState {
     Active,
+    /// Disabled: neither wraps nor unwraps until it is enabled.
+    Suspended,
     /// Expired: still unwraps, no longer wraps.
     Deactivated,
     Destroyed,
@@ -153,6 +133,7 @@ impl KeyState {
     pub fn number(self) -> u8 {
         match self {
             KeyState::Active => 1,
+            KeyState::Suspended => 2,
             KeyState::Deactivated => 3,
             KeyState::Destroyed => 5,
         }
@@ -182,7 +163,8 @@ pub struct Key {
     pub description: Option<String>,
     pub tags: Vec<String>,
     pub imported: bool,
-    pub destroyed: bool,
+    /// What somebody made of it: active, suspended or destroyed.
+    pub marked: KeyState,
     pub expires_at: Option<OffsetDateTime>,
     pub created_at: OffsetDateTime,
     pub created_by: String,
@@ -194,15 +176,13 @@ pub struct Key {
 }
 
 impl Key {
-    /// Expiry needs no event: a key is deactivated from its date on.
+    /// Expiry needs no event: an active key is deactivated from its date on. A suspended one stays suspended: expiry
+    /// must not give back the right to unwrap.
     #[must_use]
     pub fn state(&self, now: OffsetDateTime) -> KeyState {
-        if self.destroyed {
-            return KeyState::Destroyed;
-        }
-        match self.expires_at {
-            Some(end) if end <= now => KeyState::Deactivated,
-            _ => KeyState::Active,
+        match (self.marked, self.expires_at) {
+            (KeyState::Active, Some(end)) if end <= now => KeyState::Deactivated,
+            (marked, _) => marked,
         }
     }
 }
@@ -213,19 +193,12 @@ pub struct Version {
     pub created_at: OffsetDateTime,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KnownVersion {
-    pub instance: Uuid,
-    pub key: Uuid,
-    pub version: Uuid,
-    pub pending: bool,
-}
-
-/// Which keys a list shows: those that are in one of these states at this time.
+/// Which keys a list shows: those that are in one of these states at this time, and within the caller's reach.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     pub states: Vec<KeyState>,
     pub now: OffsetDateTime,
+    pub reach: Reach,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

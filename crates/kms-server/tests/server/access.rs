@@ -3,12 +3,16 @@
 
 use crate::harness::http::Answer;
 use crate::harness::{Server, http, new_key};
+use kms_core::clock::Clock;
 use kms_server::http::{KEY_ROUTES, MANAGEMENT_ROUTES, Route};
+use kms_server::issuers::{KeySource, Trusted};
 use kms_server::policy::{Action, Role, Scope, permits};
+use kms_server::store::Access;
 use serde_json::json;
 use uuid::Uuid;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
+const OTHER_ISSUER: &str = "https://issuer.test";
 const MATERIAL: &str = "AAECAwQFBgcICQoLDA0ODw==";
 
 /// A key and a WDEK in `instance`, made by somebody who may.
@@ -28,6 +32,12 @@ impl Target {
         let wrapped = server.call_in(instance, admin, "POST", &path, &body).await;
         let wdek = wrapped.json()["ciphertext"].as_str().unwrap().to_owned();
         Target { instance, key, wdek }
+    }
+
+    async fn disable(&self, server: &Server, admin: &str) {
+        let path = format!("/keys/{}/actions/disable", self.key);
+        let answer = server.call_in(self.instance, admin, "POST", &path, "").await;
+        assert_eq!(answer.status, 204, "{answer:?}");
     }
 
     /// A request to `route` that succeeds for whoever is allowed.
@@ -55,6 +65,9 @@ async fn every_route_of_the_key_api_obeys_the_policy_for_every_role() {
             let expected = if allowed { 200..300 } else { 401..402 };
             for (token, instance) in [(&here, mine), (&everywhere, mine), (&everywhere, foreign)] {
                 let target = Target::make(&server, &admin, instance).await;
+                if route.action == Action::EnableKey {
+                    target.disable(&server, &admin).await;
+                }
                 let answer = target.ask(&server, token, route).await;
                 assert!(expected.contains(&answer.status), "{role:?} {route:?}: {answer:?}");
             }
@@ -63,7 +76,7 @@ async fn every_route_of_the_key_api_obeys_the_policy_for_every_role() {
 }
 
 #[tokio::test]
-async fn a_foreign_instance_looks_like_one_that_does_not_exist() {
+async fn pitfall_08_a_foreign_instance_looks_like_one_that_does_not_exist() {
     let server = Server::start().await;
     let admin = server.admin().await;
     let foreign = Target::make(&server, &admin, server.other_instance().await).await;
@@ -119,18 +132,36 @@ async fn importing_needs_its_own_right() {
 
 #[tokio::test]
 async fn every_route_of_management_obeys_the_policy_for_every_role() {
-    let server = Server::start().await;
+    let keys = KeySource::File("/dev/null".into());
+    let trusted = Trusted { url: OTHER_ISSUER.into(), audience: "kms".into(), keys };
+    let server = Server::start_trusting(Server::SETTINGS, vec![trusted]).await;
     let admin = server.admin().await;
     for role in Role::ALL {
         let (_, token) = server.identity(role, Scope::Everywhere).await;
         for route in MANAGEMENT_ROUTES {
             let (owner, _) = server.identity(Role::Viewer, Scope::Everywhere).await;
             let service_id = format!("ServiceId-{}", owner.service_id);
-            let path = route.path.replace("{id}", &format!("ApiKey-{}", owner.api_key));
+            let profile = server.profile(owner.service_id).await;
+            let id = match route.action {
+                // A service ID's first policy bears its id.
+                Action::DeletePolicy => owner.service_id,
+                Action::DeleteProfile => profile,
+                _ => owner.api_key().unwrap(),
+            };
+            if route.action == Action::UnlockApiKey {
+                let now = server.clock.wall().into();
+                assert!(server.store.lock_api_key(id, Some(now)).await.unwrap());
+            }
+            let path = route.path.replace("{id}", &id.to_string());
             let body = match route.action {
                 Action::CreateInstance => json!({"name": format!("{role:?}")}).to_string(),
                 Action::CreateServiceId => json!({"name": "x", "role": "Viewer"}).to_string(),
                 Action::CreateApiKey => json!({"name": "x", "service_id": service_id}).to_string(),
+                Action::CreatePolicy => json!({"role": "Reader", "service_id": service_id}).to_string(),
+                Action::CreateProfile => json!({
+                    "name": format!("{role:?}"), "service_id": service_id, "issuer": OTHER_ISSUER, "subject": "x",
+                })
+                .to_string(),
                 _ => String::new(),
             };
             let answer = server.manage(&token, route.method, &path, &body).await;
@@ -168,10 +199,10 @@ async fn a_revoked_api_key_ends_its_tokens_with_the_next_call() {
     let admin = server.admin().await;
     let (caller, token) = server.identity(Role::Editor, Scope::Instance(server.instance())).await;
     assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 200);
-    let path = format!("/v1/apikeys/ApiKey-{}", caller.api_key);
+    let path = format!("/v1/apikeys/ApiKey-{}", caller.api_key().unwrap());
     assert_eq!(server.manage(&admin, "DELETE", &path, "").await.status, 204);
     assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 401);
-    let again = server.ask_token(&caller.api_key.to_string()).await;
+    let again = server.ask_token(&caller.api_key().unwrap().to_string()).await;
     assert_eq!((again.status, &again.json()["errorCode"]), (400, &json!("BXNIM0415E")));
     assert_eq!(server.manage(&admin, "DELETE", &path, "").await.status, 404);
 }

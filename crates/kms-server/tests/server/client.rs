@@ -11,7 +11,8 @@ use kms_core::secret::SecretText;
 use std::sync::Arc;
 use std::time::Duration;
 
-const CALL: Call<'_> = Call { deadline: Duration::from_secs(20), correlation_id: Some("trace-1") };
+const CALL: Call<'_> =
+    Call { deadline: Duration::from_secs(20), correlation_id: Some("trace-1"), trace: None };
 
 fn tokens(server: &Server, api_key: &SecretText) -> TokenSource {
     let url = format!("https://{}/oidc/token", server.tokens);
@@ -87,6 +88,7 @@ async fn the_management_client_makes_and_revokes_api_keys() {
         description: Some("first cluster".into()),
         role: "Viewer".into(),
         instance_id: Some(instance.id.clone()),
+        key_id: None,
     };
     let owner = client.create_service_id(&new, CALL).await.unwrap();
     assert!(client.service_ids(CALL).await.unwrap().contains(&owner));

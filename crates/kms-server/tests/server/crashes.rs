@@ -4,12 +4,22 @@ use crate::harness::faulty_store::{Fault, Step};
 use crate::harness::{Server, new_key};
 use kms_hsm::memory;
 use kms_hsm::{Vault, VaultError};
-use kms_server::reconcile::{Difference, differences};
+use kms_server::reconcile::{Comparison, Standing, compare};
 use serde_json::json;
 use std::collections::BTreeSet;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
-const AWAY: &str = "Unavailable: Experiencing delays. Please try again in few minutes.";
+const DATABASE_AWAY: &str =
+    "Unavailable: Experiencing delays. Please try again in few minutes. (DATABASE_UNAVAILABLE_ERR)";
+const HSM_AWAY: &str =
+    "Unavailable: Experiencing delays. Please try again in few minutes. (HSM_UNAVAILABLE_ERR)";
+
+/// What is not as it should be.
+async fn left(vault: &dyn Vault, server: &Server) -> (Vec<Standing>, Comparison) {
+    let found = compare(vault, &*server.store).await.unwrap();
+    let standings = found.versions.iter().map(|(_, standing)| *standing);
+    (standings.filter(|standing| *standing != Standing::Good).collect(), found)
+}
 
 fn hsm_fails() -> memory::Fault {
     memory::Fault::Fail(VaultError::Unavailable { cause: "pulled out".into() })
@@ -23,11 +33,14 @@ async fn listed(server: &Server, token: &str) -> BTreeSet<String> {
 
 #[tokio::test]
 async fn a_crash_while_a_key_is_made_leaves_no_half_key_behind() {
-    for (fault, visible, unfinished) in [
-        (Fault::Before(Step::BeginKey), 0, 0),
-        (Fault::After(Step::BeginKey), 0, 0),
-        (Fault::Before(Step::ActivateKey), 0, 1),
-        (Fault::After(Step::ActivateKey), 1, 0),
+    let (never, unfinished) = (Some(Standing::NeverMade), Some(Standing::Unfinished));
+    for (fault, visible, expected) in [
+        (Fault::Before(Step::BeginKey), 0, None),
+        (Fault::After(Step::BeginKey), 0, never),
+        (Fault::Before(Step::KeepCheckValue), 0, unfinished),
+        (Fault::After(Step::KeepCheckValue), 0, unfinished),
+        (Fault::Before(Step::ActivateKey), 0, unfinished),
+        (Fault::After(Step::ActivateKey), 1, None),
     ] {
         let server = Server::start().await;
         let token = server.admin().await;
@@ -35,7 +48,7 @@ async fn a_crash_while_a_key_is_made_leaves_no_half_key_behind() {
         let (wdek, _) = server.wrap(&token, &before, PLAINTEXT).await;
         server.store.set_fault(Some(fault));
         let answer = server.call(&token, "POST", "/keys", &new_key("doomed")).await;
-        assert_eq!((answer.status, answer.message().as_str()), (503, AWAY), "{fault:?}");
+        assert_eq!((answer.status, answer.message().as_str()), (503, DATABASE_AWAY), "{fault:?}");
 
         let server = server.restart().await;
         let token = server.admin().await;
@@ -45,11 +58,11 @@ async fn a_crash_while_a_key_is_made_leaves_no_half_key_behind() {
             assert_eq!(server.unwrap(&token, &id, &fresh).await.json()["plaintext"], PLAINTEXT);
         }
         assert_eq!(server.unwrap(&token, &before, &wdek).await.json()["plaintext"], PLAINTEXT);
-        let found = differences(&*server.vault, &*server.store).await.unwrap();
-        let left = found.iter().filter(|one| matches!(one, Difference::Unfinished(_))).count();
-        assert_eq!((left, found.len()), (unfinished, unfinished), "{fault:?}: {found:?}");
+        let (found, _) = left(&*server.vault, &server).await;
+        assert_eq!(found, expected.into_iter().collect::<Vec<_>>(), "{fault:?}");
         let held = server.vault.versions().await.unwrap().len();
-        assert_eq!(held, 1 + visible + unfinished, "{fault:?}: nothing is deleted in the HSM");
+        let kept = 1 + visible + usize::from(expected == unfinished);
+        assert_eq!(held, kept, "{fault:?}: nothing is deleted in the HSM");
     }
 }
 
@@ -92,7 +105,7 @@ async fn an_hsm_that_fails_changes_nothing_that_can_be_seen() {
         ("POST", format!("/keys/{id}/actions/unwrap"), json!({"ciphertext": wdek}).to_string()),
     ] {
         let answer = server.call(&token, method, &path, &body).await;
-        assert_eq!((answer.status, answer.message().as_str()), (503, AWAY), "{method} {path}");
+        assert_eq!((answer.status, answer.message().as_str()), (503, HSM_AWAY), "{method} {path}");
         assert!(!answer.body.contains("pulled out"));
         assert_eq!(answer.header("retry-after"), Some("2"));
     }
@@ -121,22 +134,25 @@ async fn without_the_database_nobody_gets_in() {
 async fn every_difference_between_hsm_and_database_is_found() {
     let server = Server::start().await;
     let token = server.admin().await;
-    assert_eq!(differences(&*server.vault, &*server.store).await.unwrap(), []);
+    let (none, found) = left(&*server.vault, &server).await;
+    assert_eq!((none, found.is_bad(), found.has_leftovers()), (vec![], false, false));
     let id = server.create_id(&token, "crk").await;
     let (wdek, version) = server.wrap(&token, &id, PLAINTEXT).await;
     let (stranger, part) = (uuid::Uuid::from_u128(1), uuid::Uuid::from_u128(2));
     server.vault.create_version(stranger).await.unwrap();
     server.vault.leave_incomplete(part);
     server.vault.lose_version(version.parse().unwrap());
-    let found = differences(&*server.vault, &*server.store).await.unwrap();
-    assert!(matches!(found[0], Difference::Lost(at) if at.version.to_string() == version));
-    assert_eq!(found[1..], [Difference::Unknown(stranger), Difference::Incomplete(part)]);
+    let (standings, found) = left(&*server.vault, &server).await;
+    assert_eq!(standings, [Standing::Lost]);
+    assert_eq!((found.unknown, found.incomplete), (vec![stranger], vec![part]));
     // A version that the HSM lost is the operator's problem and must not look like a bad WDEK.
     assert_eq!(server.unwrap(&token, &id, &wdek).await.status, 500);
     assert_eq!(server.vault.versions().await.unwrap(), [stranger], "nothing was repaired");
     let empty = memory::MemoryVault::new();
-    let found = differences(&empty, &*server.store).await.unwrap();
-    assert!(matches!(found[..], [Difference::Lost(_), Difference::SigningKey(_)]), "{found:?}");
+    let (standings, found) = left(&empty, &server).await;
+    assert_eq!((standings, found.signing_keys[0].good), (vec![Standing::Lost], false));
+    assert!(found.verdict().is_err());
+    assert!(empty.versions().await.unwrap().is_empty(), "nothing was made in its place");
 }
 
 #[tokio::test]
@@ -164,4 +180,94 @@ async fn many_rotations_and_wraps_at_once_agree_on_one_history() {
     for (wdek, _) in &wrapped {
         assert_eq!(server.unwrap(&token, &id, wdek).await.json()["plaintext"], PLAINTEXT);
     }
+}
+
+#[tokio::test]
+async fn a_version_whose_key_is_another_one_is_not_used_and_the_others_are() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let (good, bad) =
+        (server.create_id(&token, "good").await, server.create_id(&token, "bad").await);
+    let (wdek, _) = server.wrap(&token, &good, PLAINTEXT).await;
+    let (lost, version) = server.wrap(&token, &bad, PLAINTEXT).await;
+    server.vault.replace_version(version.parse().unwrap()).unwrap();
+    let server = server.restart().await;
+    let token = server.admin().await;
+    assert_eq!(server.unwrap(&token, &good, &wdek).await.json()["plaintext"], PLAINTEXT);
+    for verb in ["wrap", "unwrap"] {
+        let body = json!({ "ciphertext": lost }).to_string();
+        let body = if verb == "wrap" { "" } else { body.as_str() };
+        let path = format!("/keys/{bad}/actions/{verb}");
+        let answer = server.call(&token, "POST", &path, body).await;
+        assert_eq!(answer.status, 500, "{verb}: {answer:?}");
+    }
+    let (standings, _) = left(&*server.vault, &server).await;
+    assert_eq!(standings, [Standing::OtherKey]);
+    assert_eq!(server.rotate(&token, &bad).await.status, 204, "a new version is the way out");
+    assert_eq!(
+        server.call(&token, "POST", &format!("/keys/{bad}/actions/wrap"), "").await.status,
+        200
+    );
+}
+
+#[tokio::test]
+async fn versions_from_before_check_values_get_theirs_at_the_start() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    server.create_id(&token, "old").await;
+    let options =
+        sqlx::sqlite::SqliteConnectOptions::new().filename(server.dir.path().join("kms.db"));
+    let pool = sqlx::SqlitePool::connect_with(options).await.unwrap();
+    sqlx::query("UPDATE key_versions SET check_value = NULL").execute(&pool).await.unwrap();
+    pool.close().await;
+    let (standings, _) = left(&*server.vault, &server).await;
+    assert!(matches!(standings[..], [Standing::Unproven(_)]), "{standings:?}");
+    let server = server.restart().await;
+    let (standings, found) = left(&*server.vault, &server).await;
+    assert_eq!((standings, found.seen_in.as_deref()), (vec![], Some("memory")));
+}
+
+#[tokio::test]
+async fn fifty_rotations_leave_every_wdek_to_the_version_that_it_names() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let mut made = Vec::new();
+    for _ in 0..50 {
+        made.push(server.wrap(&token, &id, PLAINTEXT).await);
+        assert_eq!(server.rotate(&token, &id).await.status, 204);
+    }
+    let versions: BTreeSet<&String> = made.iter().map(|(_, version)| version).collect();
+    assert_eq!(versions.len(), 50);
+    for (wdek, version) in &made {
+        let asked = server.vault.unwraps();
+        let opened = server.unwrap(&token, &id, wdek).await.json();
+        assert_eq!(opened["plaintext"], PLAINTEXT);
+        assert_eq!(opened["keyVersion"]["id"], *version);
+        assert_eq!(server.vault.unwraps(), asked + 1, "no version is tried in vain");
+    }
+}
+
+#[tokio::test]
+async fn a_hundred_creators_of_one_name_get_a_hundred_keys_and_no_data_is_lost() {
+    let server = std::sync::Arc::new(Server::start().await);
+    let token = server.admin().await;
+    let mut tasks = Vec::new();
+    for _ in 0..100 {
+        let (server, token) = (server.clone(), token.clone());
+        tasks.push(tokio::spawn(async move {
+            let id = server.create_id(&token, "one name").await;
+            (server.wrap(&token, &id, PLAINTEXT).await.0, id)
+        }));
+    }
+    let mut ids = BTreeSet::new();
+    for task in tasks {
+        let (wdek, id) = task.await.unwrap();
+        assert_eq!(server.unwrap(&token, &id, &wdek).await.json()["plaintext"], PLAINTEXT);
+        ids.insert(id);
+    }
+    // A key's name is no identity in this API: it is the id that is never given twice.
+    assert_eq!(ids.len(), 100);
+    let (standings, found) = left(&*server.vault, &server).await;
+    assert_eq!((standings, found.versions.len()), (vec![], 100));
 }

@@ -79,7 +79,7 @@ fn hmac_with(key: &[u8], text: &str) -> String {
 }
 
 #[tokio::test]
-async fn no_forged_token_is_taken() {
+async fn pitfall_13_no_forged_token_is_taken() {
     let server = Server::start().await;
     let (good, viewer) = (server.admin().await, server.viewer().await);
     let mut forged = patched(&good, &viewer);

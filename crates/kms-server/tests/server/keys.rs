@@ -5,6 +5,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use kms_core::wdek::{Wdek, WdekVersion};
 use kms_server::app::Settings;
+use kms_server::store::Store;
+use kms_server::uses;
 use serde_json::{Value, json};
 use std::time::Duration;
 
@@ -221,6 +223,63 @@ async fn wdeks_of_both_formats_are_read_and_either_is_written() {
 }
 
 #[tokio::test]
+async fn aes_gcm_is_written_where_asked_for_and_read_always() {
+    let gcm = Settings { wdek_version: WdekVersion::V4_0_0, min_rotation_interval: Duration::ZERO };
+    let server = Server::start_with(gcm).await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (wdek, version) = server.wrap(&token, &id, PLAINTEXT).await;
+    let read = Wdek::decode(&wdek).unwrap();
+    assert_eq!((read.version, read.hash.len(), read.iv.len()), (WdekVersion::V4_0_0, 0, 12));
+    assert_eq!(read.handle.unwrap().to_string(), version);
+    assert_eq!(server.rotate(&token, &id).await.status, 204);
+    let opened = server.unwrap(&token, &id, &wdek).await.json();
+    assert_eq!(opened["plaintext"], PLAINTEXT);
+    let mut changed = read;
+    changed.ciphertext[0] ^= 1;
+    assert_eq!(server.unwrap(&token, &id, &changed.encode()).await.status, 422);
+}
+
+#[tokio::test]
+async fn a_version_that_was_used_up_wraps_no_more_and_unwraps_still() {
+    let gcm = Settings { wdek_version: WdekVersion::V4_0_0, min_rotation_interval: Duration::ZERO };
+    let server = Server::start_with(gcm).await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (wdek, version) = server.wrap(&token, &id, PLAINTEXT).await;
+    // What other servers on this database have used since; this one still has its block.
+    let version = version.parse().unwrap();
+    let all = server.store.reserve_gcm_uses(version, uses::LIMIT - uses::BLOCK).await;
+    assert_eq!(all.unwrap(), uses::LIMIT);
+    server.wrap(&token, &id, PLAINTEXT).await;
+    // A server that starts now has none, and gets none.
+    let late = uses::Uses::default();
+    let refused = late.take(&*server.app.store, version).await;
+    assert!(matches!(refused, Err(kms_server::ops::Error::UsedUp)), "{refused:?}");
+    assert_eq!(server.unwrap(&token, &id, &wdek).await.status, 200);
+    assert_eq!(server.rotate(&token, &id).await.status, 204);
+    let (_, next) = server.wrap(&token, &id, PLAINTEXT).await;
+    assert!(late.take(&*server.app.store, next.parse().unwrap()).await.is_ok());
+}
+
+#[tokio::test]
+async fn servers_on_one_database_share_the_uses_of_a_version() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (_, version) = server.wrap(&token, &id, PLAINTEXT).await;
+    let version = version.parse().unwrap();
+    let (one, two) = (uses::Uses::default(), uses::Uses::default());
+    for _ in 0..3 {
+        one.take(&*server.app.store, version).await.unwrap();
+        two.take(&*server.app.store, version).await.unwrap();
+    }
+    // Each has reserved one block before its first use, and none since.
+    assert_eq!(server.store.reserve_gcm_uses(version, 0).await.unwrap(), 2 * uses::BLOCK);
+    assert!(server.store.reserve_gcm_uses(uuid::Uuid::nil(), 1).await.is_err());
+}
+
+#[tokio::test]
 async fn imported_keys_wrap_and_rotate_with_material_only() {
     let server = Server::start().await;
     let token = server.admin().await;
@@ -427,7 +486,7 @@ async fn what_is_not_built_says_so() {
         ("POST", "/keys_with_policy_overrides".to_owned(), String::new()),
         ("PATCH", format!("/keys/{id}"), "{}".to_owned()),
         ("POST", format!("/keys/{id}"), "{}".to_owned()),
-        ("POST", format!("/keys/{id}?action=disable"), "null".to_owned()),
+        ("POST", format!("/keys/{id}?action=setKeyForDeletion"), "null".to_owned()),
         ("POST", format!("/keys/{id}/actions/rewrap"), "{}".to_owned()),
         ("POST", format!("/keys/{id}/restore"), String::new()),
         ("DELETE", format!("/keys/{id}/purge"), String::new()),

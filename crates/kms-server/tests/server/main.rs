@@ -4,13 +4,23 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 mod access;
+mod api_keys;
+mod audit;
 mod client;
 mod crashes;
+mod drill;
 mod forged_tokens;
 mod harness;
 mod keys;
+mod kills;
+mod logins;
+mod monitoring;
+mod operations;
+mod pitfalls;
+mod policies;
 mod redstone;
 mod secrets;
 mod startup;
+mod states;
 mod store;
 mod tokens;

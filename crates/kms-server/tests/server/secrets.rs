@@ -1,12 +1,12 @@
 //! Nothing secret gets into the log, the audit log or the database file, whatever is set and whatever goes wrong.
 
-use crate::harness::Server;
+use crate::harness::{Server, http};
 use kms_core::clock::{Clock, SystemClock};
 use kms_daemon::telemetry::{Log, LogLevel, Settings};
 use kms_hsm::{VaultError, memory};
 use serde_json::json;
 use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 const PLAINTEXT: &str = "Y2FuYXJ5LWNhbmFyeS1jYW5hcnktY2FuYXJ5LWNhbmE=";
 const MATERIAL: &str = "Y2FuYXJ5LWluLXRoZS1ocw==";
@@ -24,15 +24,71 @@ impl Write for Written {
     }
 }
 
-#[tokio::test]
-async fn no_secret_is_written_down() {
-    let written = Written::default();
-    let settings = Settings { level: LogLevel::Debug, log_all_values: true };
-    let clock = SystemClock::new();
-    let (log, _) = Log::new(settings, Arc::new(move || clock.wall()), Box::new(written.clone()));
-    // For the whole process: a log of this thread alone would miss lines whose place another thread reached first.
-    tracing::subscriber::set_global_default(log).unwrap();
+impl Written {
+    fn text(&self) -> String {
+        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+    }
+}
 
+/// The log of the whole process: one of this thread alone would miss lines whose place another thread reached first.
+fn written() -> &'static Written {
+    static WRITTEN: OnceLock<Written> = OnceLock::new();
+    WRITTEN.get_or_init(|| {
+        let written = Written::default();
+        let settings = Settings { level: LogLevel::Debug, log_all_values: true };
+        let clock = SystemClock::new();
+        let out = Box::new(written.clone());
+        let (log, _) = Log::new(settings, Arc::new(move || clock.wall()), out);
+        tracing::subscriber::set_global_default(log).unwrap();
+        written
+    })
+}
+
+/// kube-apiserver's uid, as the plug-in hands it on, and the trace of the call, if it has one.
+#[tokio::test]
+async fn a_call_is_found_in_the_audit_file_by_its_uid_and_in_the_log_by_its_trace() {
+    const UID: &str = "9b1f3c52-6c0e-4a3e-8a55-1d2f6f0b7c11";
+    const TRACE: &str = "0123456789abcdef0123456789abcdef";
+    let written = written();
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (bearer, instance) = (format!("Bearer {token}"), server.instance().to_string());
+    let traceparent = format!("00-{TRACE}-fedcba9876543210-01");
+    let headers = |traceparent| {
+        [
+            ("authorization", bearer.as_str()),
+            ("bluemix-instance", instance.as_str()),
+            ("correlation-id", UID),
+            ("traceparent", traceparent),
+        ]
+    };
+    let wrap = format!("/api/v2/keys/{id}?action=wrap");
+    for (path, headers, status) in [
+        (&wrap, headers(traceparent.as_str()), 200),
+        (&wrap, headers("00-nobody-01"), 200),
+        (&"/api/v2/keys/none?action=wrap".to_owned(), headers(traceparent.as_str()), 404),
+    ] {
+        let answer = http::ask(server.keys, &server.ca(), "POST", path, &headers, "{}").await;
+        assert_eq!(answer.status, status, "{answer:?}");
+    }
+    let audit = server.audit();
+    let of_uid: Vec<_> = audit.lines().filter(|line| line.contains(UID)).collect();
+    assert_eq!(of_uid.len(), 3, "{audit}");
+    for record in of_uid {
+        let record: serde_json::Value = serde_json::from_str(record).unwrap();
+        assert_eq!((&record["correlation"], &record["action"]), (&json!(UID), &json!("wrap")));
+    }
+    let log = written.text();
+    let lines: Vec<_> = log.lines().filter(|line| line.contains(UID)).collect();
+    let traced = lines.iter().filter(|line| line.contains(&format!("trace_id={TRACE}"))).count();
+    let untraced = lines.iter().filter(|line| !line.contains("trace_id")).count();
+    assert_eq!((traced, untraced), (2, 1), "{lines:#?}");
+}
+
+#[tokio::test]
+async fn pitfall_14_no_secret_is_written_down() {
+    let written = written();
     let server = Server::start().await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
@@ -59,7 +115,7 @@ async fn no_secret_is_written_down() {
     server.vault.set_fault(Some(memory::Fault::Fail(broken)));
     server.call(&token, "POST", &path, &json!({"plaintext": PLAINTEXT}).to_string()).await;
 
-    let log = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+    let log = written.text();
     assert!(log.contains(&wdek), "LOG_ALL_VALUES shows wrapped values");
     assert!(log.contains("canary of the operator"), "the operator is told");
     let mut database = std::fs::read(server.dir.path().join("kms.db")).unwrap();

@@ -3,6 +3,7 @@
 
 use crate::harness::faulty_store::{self, Step};
 use crate::harness::{Server, http};
+use kms_core::crypto_module::CryptoModule;
 use kms_hsm::VaultError;
 use kms_hsm::memory::Fault;
 use std::path::Path;
@@ -30,7 +31,7 @@ fn stderr(output: &Output) -> String {
 }
 
 #[tokio::test]
-async fn a_server_that_authenticates_nobody_does_not_start() {
+async fn pitfall_20_a_server_that_authenticates_nobody_does_not_start() {
     let server = Server::start().await;
     let file = server.dir.path().join("kms.yaml");
     std::fs::write(&file, config(server.dir.path())).unwrap();
@@ -78,6 +79,30 @@ async fn a_configuration_is_checked_without_starting_anything() {
     let refused = run(&check);
     assert!(!refused.status.success());
     assert!(stderr(&refused).contains("ca.crt"), "{}", stderr(&refused));
+}
+
+#[tokio::test]
+async fn the_cryptographic_module_is_named_and_can_be_required() {
+    let module = CryptoModule::linked();
+    let version = run(&["--version"]);
+    let expected = format!("kms-server {} ({module})\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(String::from_utf8_lossy(&version.stdout), expected);
+
+    let server = Server::start().await;
+    let [name, version, fips] = module.labels().map(|(name, value)| format!("{name}=\"{value}\""));
+    let sample = format!("kms_server_crypto_module_info{{{name},{version},{fips}}} 1");
+    let metrics = probe(&server, "/metrics").await;
+    assert!(metrics.contains(&sample), "{sample} is not in {metrics}");
+
+    let file = server.dir.path().join("kms.yaml");
+    let required = "SERVER_CONFIG:\n  FIPS_REQUIRED: true\n";
+    let text = config(server.dir.path()).replace("SERVER_CONFIG:\n", required);
+    std::fs::write(&file, text).unwrap();
+    let started = stderr(&run(&["--config", file.to_str().unwrap()]));
+    let refused = started.contains("SERVER_CONFIG.FIPS_REQUIRED is true, but this build");
+    assert_ne!(refused, module.fips, "{started}");
+    // What stops a build with the module is the next step of the start.
+    assert_ne!(started.contains("no authentication is configured"), refused, "{started}");
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! What every store promises, whatever it is made of, and what only the SQLite file promises.
 
 use kms_hsm::RsaPublic;
-use kms_server::policy::{Grant, Role, Scope};
+use kms_server::policy::{ApiKeySecret, Credential, Grant, Reach, Role, Scope};
 use kms_server::store::{
-    ApiKey, FirstContent, Instance, KeyState, NewKey, Page, ServiceId, SigningKey, SqliteStore,
-    Store, StoreError, Version, Wanted,
+    Access, ApiKey, Custody, FirstContent, Instance, KeyState, NewKey, NewSecret, Page, ServiceId,
+    SigningKey, SqliteStore, Store, StoreError, Version, Wanted,
 };
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -24,12 +24,16 @@ async fn open(dir: &TempDir) -> (PathBuf, SqliteStore) {
     (file, store)
 }
 
+/// A secret of the API key in the first content.
+fn secret(generation: u32) -> ApiKeySecret {
+    ApiKeySecret { api_key: id(3), generation }
+}
+
 fn first() -> FirstContent {
     let scope = Scope::Instance(id(1));
     let grant = Grant { role: Role::Viewer, scope };
-    let owner =
-        ServiceId { id: id(2), name: "viewer".into(), description: None, grant, created_at: NOW };
-    let key = ApiKey { id: id(3), service_id: id(2), name: "viewer".into(), created_at: NOW };
+    let owner = ServiceId::with(id(2), "viewer".into(), grant, NOW);
+    let key = ApiKey::new(id(3), id(2), "viewer".into(), NOW);
     FirstContent {
         instance: Instance { id: id(1), name: "default".into(), created_at: NOW },
         signing_key: SigningKey {
@@ -57,7 +61,7 @@ fn new_key(n: u128) -> NewKey {
 }
 
 fn wanted(states: &[KeyState]) -> Wanted {
-    Wanted { states: states.to_vec(), now: NOW }
+    Wanted { states: states.to_vec(), now: NOW, reach: Reach::All }
 }
 
 #[tokio::test]
@@ -71,15 +75,16 @@ async fn the_first_content_is_put_in_once_and_found_again() {
     let store = SqliteStore::open(&file, false).await.unwrap();
     assert_eq!(store.signing_key().await.unwrap(), Some(first().signing_key));
     assert_eq!(store.instances().await.unwrap(), [first().instance]);
-    let caller = store.caller_by_hash(&[6; 32]).await.unwrap().unwrap();
-    assert_eq!((caller.service_id, caller.api_key), (id(2), id(3)));
-    assert_eq!(store.caller(id(2), id(3)).await.unwrap(), Some(caller));
-    assert_eq!(store.caller(id(9), id(3)).await.unwrap(), None);
-    assert_eq!(store.caller_by_hash(&[7; 32]).await.unwrap(), None);
+    let caller = store.caller_by_hash(&[6; 32], NOW).await.unwrap().unwrap();
+    assert_eq!((caller.service_id, caller.api_key()), (id(2), Some(id(3))));
+    assert_eq!(store.caller(id(2), &secret(1), NOW).await.unwrap(), Some(caller));
+    assert_eq!(store.caller(id(9), &secret(1), NOW).await.unwrap(), None);
+    assert_eq!(store.caller(id(2), &secret(2), NOW).await.unwrap(), None);
+    assert_eq!(store.caller_by_hash(&[7; 32], NOW).await.unwrap(), None);
     assert!(store.revoke_api_key(id(3), NOW).await.unwrap());
     assert!(!store.revoke_api_key(id(3), NOW).await.unwrap());
-    assert_eq!(store.caller(id(2), id(3)).await.unwrap(), None);
-    assert_eq!(store.caller_by_hash(&[6; 32]).await.unwrap(), None);
+    assert_eq!(store.caller(id(2), &secret(1), NOW).await.unwrap(), None);
+    assert_eq!(store.caller_by_hash(&[6; 32], NOW).await.unwrap(), None);
 }
 
 #[tokio::test]
@@ -128,7 +133,7 @@ async fn versions_are_newest_first_and_a_destroyed_key_gets_no_more() {
     assert!(matches!(late, Err(StoreError::Conflict(_))));
     assert_eq!(store.versions(id(1), id(10)).await.unwrap().len(), 3);
     let key = store.key(id(1), id(10)).await.unwrap().unwrap();
-    assert_eq!((key.destroyed, key.deleted_by.as_deref()), (true, Some("me")));
+    assert_eq!((key.marked, key.deleted_by.as_deref()), (KeyState::Destroyed, Some("me")));
 }
 
 #[tokio::test]
@@ -138,7 +143,7 @@ async fn what_belongs_to_nothing_is_refused() {
     store.initialise(&first()).await.unwrap();
     let orphan = NewKey { instance: id(99), ..new_key(10) };
     assert!(matches!(store.begin_key(&orphan).await, Err(StoreError::Conflict(_))));
-    let key = ApiKey { id: id(50), service_id: id(99), name: "x".into(), created_at: NOW };
+    let key = ApiKey::new(id(50), id(99), "x".into(), NOW);
     assert!(matches!(store.add_api_key(&key, &[1; 32]).await, Err(StoreError::Conflict(_))));
     let twin = Instance { id: id(98), ..first().instance };
     assert!(matches!(store.add_instance(&twin).await, Err(StoreError::Conflict(_))));
@@ -166,6 +171,72 @@ async fn a_role_that_nobody_knows_stops_the_call() {
     store.initialise(&first()).await.unwrap();
     let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&file);
     let pool = sqlx::SqlitePool::connect_with(options).await.unwrap();
-    sqlx::query("UPDATE service_ids SET role = 'Emperor'").execute(&pool).await.unwrap();
-    assert!(matches!(store.caller(id(2), id(3)).await, Err(StoreError::Corrupt(_))));
+    sqlx::query("UPDATE policies SET role = 'Emperor'").execute(&pool).await.unwrap();
+    assert!(matches!(store.caller(id(2), &secret(1), NOW).await, Err(StoreError::Corrupt(_))));
+}
+
+#[tokio::test]
+async fn a_rotated_secret_lives_on_as_long_as_was_said_and_the_one_before_it_not_at_all() {
+    let dir = TempDir::new().unwrap();
+    let (_, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let later = |seconds| NOW + time::Duration::seconds(seconds);
+    let new = |hash: u8, old_until| NewSecret { hash: [hash; 32], at: NOW, old_until };
+    assert!(store.rotate_api_key(id(3), &new(7, Some(later(60)))).await.unwrap());
+    for (hash, generation) in [(6, 1), (7, 2)] {
+        let caller = store.caller_by_hash(&[hash; 32], later(59)).await.unwrap().unwrap();
+        assert_eq!(caller.credential, Credential::ApiKey(secret(generation)));
+        assert!(store.caller(id(2), &secret(generation), later(59)).await.unwrap().is_some());
+    }
+    assert!(store.caller_by_hash(&[6; 32], later(60)).await.unwrap().is_none());
+    assert!(store.caller(id(2), &secret(1), later(60)).await.unwrap().is_none());
+    assert!(store.caller(id(2), &secret(2), later(60)).await.unwrap().is_some());
+    assert!(store.rotate_api_key(id(3), &new(8, Some(later(60)))).await.unwrap());
+    assert!(store.caller_by_hash(&[6; 32], NOW).await.unwrap().is_none(), "two secrets at most");
+    assert!(store.rotate_api_key(id(3), &new(9, None)).await.unwrap());
+    for (hash, generation) in [(6, 1), (7, 2), (8, 3)] {
+        assert!(store.caller_by_hash(&[hash; 32], NOW).await.unwrap().is_none());
+        assert!(store.caller(id(2), &secret(generation), NOW).await.unwrap().is_none());
+    }
+    assert!(store.lock_api_key(id(3), Some(NOW)).await.unwrap());
+    assert!(!store.lock_api_key(id(3), Some(NOW)).await.unwrap());
+    assert!(store.caller_by_hash(&[9; 32], NOW).await.unwrap().is_none());
+    assert!(store.caller(id(2), &secret(4), NOW).await.unwrap().is_none());
+    assert!(store.lock_api_key(id(3), None).await.unwrap());
+    assert!(!store.lock_api_key(id(3), None).await.unwrap());
+    assert!(store.caller(id(2), &secret(4), NOW).await.unwrap().is_some());
+    assert!(store.revoke_api_key(id(3), NOW).await.unwrap());
+    assert!(!store.rotate_api_key(id(3), &new(10, None)).await.unwrap());
+    assert!(!store.lock_api_key(id(3), Some(NOW)).await.unwrap());
+}
+
+/// The tables as the version before policies left them: one role on each service ID.
+#[tokio::test]
+async fn the_one_role_of_an_older_database_becomes_the_first_policy() {
+    let dir = TempDir::new().unwrap();
+    let (file, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    store.close().await;
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&file);
+    let pool = sqlx::SqlitePool::connect_with(options).await.unwrap();
+    for statement in [
+        "ALTER TABLE service_ids ADD COLUMN role TEXT NOT NULL DEFAULT 'Editor'",
+        "DROP TABLE policies",
+        "DROP TABLE profiles",
+        "DROP INDEX api_keys_by_old_hash",
+        "ALTER TABLE api_keys DROP COLUMN generation",
+        "ALTER TABLE api_keys DROP COLUMN old_hash",
+        "ALTER TABLE api_keys DROP COLUMN old_until",
+        "ALTER TABLE api_keys DROP COLUMN rotated_at",
+        "ALTER TABLE api_keys DROP COLUMN locked_at",
+        "DELETE FROM _sqlx_migrations WHERE version = 3",
+    ] {
+        sqlx::query(statement).execute(&pool).await.unwrap();
+    }
+    pool.close().await;
+    let store = SqliteStore::open(&file, false).await.unwrap();
+    let caller = store.caller_by_hash(&[6; 32], NOW).await.unwrap().unwrap();
+    let scope = Scope::Instance(id(1));
+    assert_eq!(caller.grants, [Grant { role: Role::Editor, scope }]);
+    assert_eq!(store.service_id(id(2)).await.unwrap().unwrap().home, scope);
 }

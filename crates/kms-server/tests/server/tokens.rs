@@ -81,7 +81,7 @@ async fn an_administrator_of_one_instance_manages_that_instance_only() {
         let new = json!({"name": "x", "service_id": format!("ServiceId-{}", hidden.service_id)});
         let answer = server.manage(&token, "POST", "/v1/apikeys", &new.to_string()).await;
         assert_eq!(answer.status, 404);
-        let path = format!("/v1/apikeys/ApiKey-{}", hidden.api_key);
+        let path = format!("/v1/apikeys/ApiKey-{}", hidden.api_key().unwrap());
         assert_eq!(server.manage(&token, "DELETE", &path, "").await.status, 404);
     }
     let instances = server.manage(&token, "GET", "/v1/instances", "").await.json();

@@ -1,11 +1,12 @@
-//! `kmsctl api-keys`: what a plug-in shows to the token service. An API key is shown once, when it is made.
+//! `kmsctl api-keys`: what a plug-in shows to the token service. An API key is shown once, when it is made or
+//! gets a new secret.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use kms_api::rest::{ApiKey, NewApiKey};
+use kms_api::rest::{ApiKey, NewApiKey, Rotation};
 use kms_core::secret::SecretText;
 
 use crate::connection::Access;
@@ -16,6 +17,8 @@ pub(crate) const EXAMPLES: &str = "\
 Examples:
   kmsctl api-keys create node-1 --service-id ServiceId-… --save /etc/kmsplugin/api-key
   kmsctl api-keys list
+  kmsctl api-keys lock ApiKey-…
+  kmsctl api-keys rotate ApiKey-… --overlap 3600 --save /etc/kmsplugin/api-key.new
   kmsctl api-keys revoke ApiKey-…";
 
 #[derive(Debug, clap::Args)]
@@ -41,6 +44,27 @@ enum Verb {
         #[arg(long, value_name = "FILE")]
         save: Option<PathBuf>,
     },
+    /// Make an API key useless until it is unlocked, and at once every token that was got with it
+    Lock {
+        /// The id (not the API key), as `list` shows it
+        id: String,
+    },
+    /// Make a locked API key good again
+    Unlock {
+        /// The id (not the API key), as `list` shows it
+        id: String,
+    },
+    /// Give an API key a new secret under the same id, and show it, this once
+    Rotate {
+        /// The id (not the API key), as `list` shows it
+        id: String,
+        /// How long the secret before it is taken as well, so that whoever uses it can change over
+        #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+        overlap: u32,
+        /// Write it to a new file that only its owner can read, instead of showing it
+        #[arg(long, value_name = "FILE")]
+        save: Option<PathBuf>,
+    },
     /// Make an API key useless, and at once every token that was got with it
     Revoke {
         /// The id (not the API key), as `list` shows it
@@ -54,13 +78,22 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
         Verb::List => show(management.api_keys(call).await?, output),
         Verb::Create { name, service_id, save } => {
             let file = save.as_deref().map(NewFile::create).transpose()?;
-            let mut made = management.create_api_key(&NewApiKey { name, service_id }, call).await?;
-            if let Some(file) = file
-                && let Some(key) = made.apikey.take()
-            {
-                file.keep(&key)?;
-            }
-            show_new(&made, save.as_deref(), output)
+            let made = management.create_api_key(&NewApiKey { name, service_id }, call).await?;
+            hand_over(made, file, save.as_deref(), output)
+        }
+        Verb::Lock { id } => {
+            management.lock_api_key(&id, call).await?;
+            output.thing(&[("locked", Some(id.clone()))], &serde_json::json!({"locked": id}))
+        }
+        Verb::Unlock { id } => {
+            management.unlock_api_key(&id, call).await?;
+            output.thing(&[("unlocked", Some(id.clone()))], &serde_json::json!({"unlocked": id}))
+        }
+        Verb::Rotate { id, overlap, save } => {
+            let file = save.as_deref().map(NewFile::create).transpose()?;
+            let rotation = Rotation { overlap_seconds: overlap };
+            let made = management.rotate_api_key(&id, &rotation, call).await?;
+            hand_over(made, file, save.as_deref(), output)
         }
         Verb::Revoke { id } => {
             management.revoke_api_key(&id, call).await?;
@@ -71,9 +104,30 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
 
 fn show(keys: Vec<ApiKey>, output: &mut Output<'_>) -> Result<(), Error> {
     let row = |one: &ApiKey| {
-        [one.id.clone(), one.name.clone(), one.service_id.clone(), one.created_at.clone()]
+        let state = if one.locked { "locked" } else { "good" };
+        let since = one.rotated_at.as_ref().unwrap_or(&one.created_at);
+        [&one.id, &one.name, &one.service_id, state, since].map(str::to_owned)
     };
-    output.list(["ID", "NAME", "SERVICE ID", "CREATED"], keys.iter().map(row).collect(), &keys)
+    output.list(
+        ["ID", "NAME", "SERVICE ID", "STATE", "SECRET SINCE"],
+        keys.iter().map(row).collect(),
+        &keys,
+    )
+}
+
+/// Into the file, if there is one, or on the screen.
+fn hand_over(
+    mut made: ApiKey,
+    file: Option<NewFile<'_>>,
+    path: Option<&Path>,
+    output: &mut Output<'_>,
+) -> Result<(), Error> {
+    if let Some(file) = file
+        && let Some(key) = made.apikey.take()
+    {
+        file.keep(&key)?;
+    }
+    show_new(&made, path, output)
 }
 
 fn show_new(made: &ApiKey, saved: Option<&Path>, output: &mut Output<'_>) -> Result<(), Error> {

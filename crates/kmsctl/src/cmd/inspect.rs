@@ -343,7 +343,7 @@ mod tests {
 
     fn v2_cipher() -> Vec<u8> {
         let key_id = KeyId::new("i", "c", "v").unwrap();
-        v2::seal(&Dek::from_bytes([1; 32]), &key_id, 3, b"wdek", [2; 12], &[4; 32]).unwrap()
+        v2::seal(&Dek::from_bytes([1; 32]), &key_id, 3, b"wdek", Some([2; 12]), &[4; 32]).unwrap()
     }
 
     /// A protobuf field of bytes.

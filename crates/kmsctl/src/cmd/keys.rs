@@ -20,6 +20,7 @@ Examples:
   kmsctl keys list -o json
   kmsctl keys import old-crk --material-file crk.b64
   kmsctl keys rotate 7d2e…                           add a version; what older versions wrapped stays readable
+  kmsctl keys disable 7d2e…                          what it wrapped is unreadable until `keys enable`
   kmsctl keys delete 7d2e…                           asks first";
 
 /// The service's largest page.
@@ -73,6 +74,16 @@ enum Verb {
         #[arg(long, value_enum, default_value_t = Encoding::Base64)]
         encoding: Encoding,
     },
+    /// Suspend a key: it neither wraps nor unwraps, and plug-ins drop what they hold of it
+    Disable {
+        /// Id or alias
+        id: String,
+    },
+    /// Make a suspended key usable again
+    Enable {
+        /// Id or alias
+        id: String,
+    },
     /// Destroy a key: what it wraps can never be read again
     Delete {
         /// Id or alias
@@ -118,6 +129,14 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
         Verb::Rotate { id, material_file, encoding } => {
             let new = material_file.map(|file| material(&file, encoding)).transpose()?;
             client.rotate_key(&id, new.as_ref().map(|bytes| bytes.as_slice()), call).await?;
+            show(client.get_key(&id, call).await?, output)
+        }
+        Verb::Disable { id } => {
+            client.disable_key(&id, call).await?;
+            show(client.get_key(&id, call).await?, output)
+        }
+        Verb::Enable { id } => {
+            client.enable_key(&id, call).await?;
             show(client.get_key(&id, call).await?, output)
         }
         Verb::Delete { id, yes } => {

@@ -1,13 +1,17 @@
 //! The commands, one file each: its arguments, what it does, how it shows the outcome.
 
 pub(crate) mod api_keys;
+pub(crate) mod audit;
 pub(crate) mod bench;
 pub(crate) mod completion;
 pub(crate) mod conformance;
 pub(crate) mod inspect;
 pub(crate) mod instances;
 pub(crate) mod keys;
+pub(crate) mod policies;
+pub(crate) mod profiles;
 pub(crate) mod service_ids;
+pub(crate) mod verify;
 
 use std::future::Future;
 
@@ -22,9 +26,13 @@ pub(crate) fn run(cli: Cli) -> Result<(), Error> {
     match cli.command {
         Command::Keys(args) => wait(keys::run(args, output))?,
         Command::ServiceIds(args) => wait(service_ids::run(args, output))?,
+        Command::Policies(args) => wait(policies::run(args, output))?,
+        Command::Profiles(args) => wait(profiles::run(args, output))?,
         Command::ApiKeys(args) => wait(api_keys::run(args, output))?,
         Command::Instances(args) => wait(instances::run(args, output))?,
         Command::Inspect(args) => inspect::run(&args, output),
+        Command::Verify(args) => wait(verify::run(args, output))?,
+        Command::Audit(args) => wait(audit::run(args, output))?,
         Command::Bench(args) => wait(bench::run(args, output))?,
         Command::Conformance(args) => wait(conformance::run(args, output))?,
         Command::Completion(args) => completion::run(&args, output),

@@ -1,7 +1,8 @@
-//! `kmsctl service-ids`: the identities that plug-ins and operators use, each with one role in one place.
+//! `kmsctl service-ids`: the identities that plug-ins and operators use, each with the policies that say what it may do where.
 
-use kms_api::rest::{NewServiceId, ServiceId};
+use kms_api::rest::{NewServiceId, Policy, ServiceId};
 
+use super::policies::scope;
 use crate::connection::Access;
 use crate::error::Error;
 use crate::output::Output;
@@ -40,6 +41,9 @@ struct Create {
     /// The one instance in which the role holds
     #[arg(long, group = "where", value_name = "UUID")]
     instance: Option<String>,
+    /// The one key of that instance for which the role holds
+    #[arg(long, requires = "instance", value_name = "UUID")]
+    key: Option<String>,
     /// The role holds in every instance, also in those to come
     #[arg(long, group = "where")]
     every_instance: bool,
@@ -52,14 +56,13 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
     let (management, call) = (args.access.management()?, args.access.call());
     match args.verb {
         Verb::List => show(management.service_ids(call).await?, output),
-        Verb::Create(Create { name, role, instance, description, .. }) => {
-            let new = NewServiceId { name, description, role, instance_id: instance };
+        Verb::Create(Create { name, role, instance, key, description, .. }) => {
+            let new = NewServiceId { name, description, role, instance_id: instance, key_id: key };
             let made = management.create_service_id(&new, call).await?;
             let members = [
                 ("id", Some(made.id.clone())),
                 ("name", Some(made.name.clone())),
-                ("role", Some(made.role.clone())),
-                ("instance", Some(scope(&made))),
+                ("policies", Some(policies(&made))),
                 ("description", made.description.clone()),
             ];
             output.thing(&members, &made)
@@ -68,13 +71,14 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
 }
 
 fn show(service_ids: Vec<ServiceId>, output: &mut Output<'_>) -> Result<(), Error> {
-    let row = |one: &ServiceId| {
-        [one.id.clone(), one.name.clone(), one.role.clone(), scope(one), one.created_at.clone()]
-    };
+    let row =
+        |one: &ServiceId| [one.id.clone(), one.name.clone(), policies(one), one.created_at.clone()];
     let rows = service_ids.iter().map(row).collect();
-    output.list(["ID", "NAME", "ROLE", "INSTANCE", "CREATED"], rows, &service_ids)
+    output.list(["ID", "NAME", "POLICIES", "CREATED"], rows, &service_ids)
 }
 
-fn scope(service_id: &ServiceId) -> String {
-    service_id.instance_id.clone().unwrap_or_else(|| "(every)".to_owned())
+fn policies(service_id: &ServiceId) -> String {
+    let one = |policy: &Policy| format!("{} in {}", policy.role, scope(policy));
+    let all: Vec<String> = service_id.policies.iter().map(one).collect();
+    if all.is_empty() { "(none)".to_owned() } else { all.join(", ") }
 }

@@ -1,6 +1,8 @@
 //! The program itself, run as an operator runs it, against servers on loopback.
 
 #[cfg(test)]
+mod audit;
+#[cfg(test)]
 mod bench;
 #[cfg(test)]
 mod manage;
@@ -10,6 +12,8 @@ mod manage;
 mod server;
 #[cfg(test)]
 mod usage;
+#[cfg(test)]
+mod verify;
 
 #[cfg(test)]
 mod program {

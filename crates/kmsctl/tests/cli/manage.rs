@@ -19,6 +19,11 @@ fn answer(asked: &Asked) -> Reply {
         "imported": true, "payload": "bWF0ZXJpYWw="});
     let created = json!({"id": "ApiKey-1", "name": "node", "service_id": "ServiceId-1",
         "created_at": "2026-01-01T00:00:00Z", "apikey": "shown-once"});
+    let policy = json!({"id": "Policy-1", "service_id": "ServiceId-1", "role": "Reader",
+        "instance_id": "i-1", "key_id": "k-1", "created_at": "2026-01-01T00:00:00Z"});
+    let profile = json!({"id": "Profile-1", "iam_id": "iam-Profile-1", "name": "node",
+        "service_id": "ServiceId-1", "issuer": "https://cluster.test", "subject": "who",
+        "created_at": "2026-01-01T00:00:00Z"});
     match (asked.method.as_str(), asked.path.as_str()) {
         (_, "/identity/token") => Reply::ok(json!({"access_token": "t", "expires_in": 3600})),
         ("GET", "/api/v2/keys?limit=200&offset=0") => {
@@ -32,12 +37,17 @@ fn answer(asked: &Asked) -> Reply {
             Reply::Json(400, json!({"metadata": {}, "resources": [refusal]}).to_string())
         }
         ("DELETE", _) => Reply::Json(204, String::new()),
-        (_, path) if path.ends_with("?action=rotate") => Reply::Json(204, String::new()),
+        ("POST", path) if path.contains("?action=") => Reply::Json(204, String::new()),
         (_, path) if path.starts_with("/api/v2/keys") => envelope(json!([root])),
         ("POST", "/v1/apikeys") if asked.body.contains("unknown") => {
             Reply::Json(404, json!({"errorCode": "X", "errorMessage": "No such ID."}).to_string())
         }
         ("POST", "/v1/apikeys") => Reply::Json(201, created.to_string()),
+        ("POST", "/v1/apikeys/ApiKey-1/rotate") => Reply::ok(created),
+        ("POST", "/v1/apikeys/ApiKey-1/lock") => Reply::Json(204, String::new()),
+        ("POST", "/v1/policies") => Reply::Json(201, policy.to_string()),
+        ("GET", "/v1/policies") => Reply::ok(json!({"policies": [policy]})),
+        ("POST", "/v1/profiles") => Reply::Json(201, profile.to_string()),
         _ => Reply::Json(500, String::new()),
     }
 }
@@ -86,6 +96,18 @@ async fn keys_are_made_imported_and_rotated() {
     assert_eq!(member(&posts[0])["extractable"], json!(false));
     assert_eq!(member(&posts[1])["payload"], "AP8=");
     assert_eq!(posts[2].path, format!("/api/v2/keys/{KEY}?action=rotate"));
+}
+
+#[tokio::test]
+async fn a_key_is_disabled_and_enabled_and_shown_afterwards() {
+    let server = service().await;
+    for verb in ["disable", "enable"] {
+        let output = managing(&server, &["keys", verb, KEY], "").await;
+        assert!(output.status.success() && stdout(&output).contains(KEY), "{output:?}");
+    }
+    let paths: Vec<_> = sent(&server, "POST").into_iter().map(|asked| asked.path).collect();
+    let path = |verb| format!("/api/v2/keys/{KEY}?action={verb}");
+    assert_eq!(paths, [path("disable"), path("enable")]);
 }
 
 #[tokio::test]
@@ -151,4 +173,56 @@ async fn no_empty_file_is_left_where_no_api_key_came() {
     let output = managing(&server, &arguments, "").await;
     assert!(stderr(&output).contains("X:No such ID"), "{}", stderr(&output));
     assert!(!file.exists());
+}
+
+#[tokio::test]
+async fn an_api_key_is_locked_unlocked_and_given_a_new_secret() {
+    let server = service().await;
+    for verb in ["lock", "unlock"] {
+        let output = managing(&server, &["api-keys", verb, "ApiKey-1"], "").await;
+        assert!(output.status.success() && stdout(&output).contains("ApiKey-1"), "{output:?}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("api-key");
+    let rotate = ["api-keys", "rotate", "ApiKey-1", "--overlap", "60"];
+    let save = [&rotate[..], &["--save", file.to_str().unwrap()]].concat();
+    let saved = managing(&server, &save, "").await;
+    assert!(saved.status.success() && !stdout(&saved).contains("shown-once"), "{saved:?}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "shown-once\n");
+    assert!(stdout(&managing(&server, &rotate, "").await).contains("shown-once"));
+    let posts = sent(&server, "POST");
+    let asked = |post: &Asked| (post.path.clone(), post.body.clone());
+    assert_eq!(asked(&posts[0]), ("/v1/apikeys/ApiKey-1/lock".into(), "null".into()));
+    let rotated = (posts[1].path.as_str(), posts[1].body.as_str());
+    assert_eq!(rotated, ("/v1/apikeys/ApiKey-1/rotate", r#"{"overlap_seconds":60}"#));
+    assert_eq!(sent(&server, "DELETE")[0].path, "/v1/apikeys/ApiKey-1/lock");
+}
+
+#[tokio::test]
+async fn policies_and_profiles_are_made_listed_and_deleted() {
+    let server = service().await;
+    let place = ["--instance", "i-1", "--key", "k-1"];
+    let create = [&["policies", "create", "ServiceId-1", "--role", "Reader"][..], &place].concat();
+    let made = managing(&server, &create, "").await;
+    assert!(stdout(&made).contains("instance i-1, key k-1"), "{made:?}");
+    let listed = managing(&server, &["policies", "list"], "").await;
+    assert!(stdout(&listed).contains("Policy-1"), "{listed:?}");
+    let issuer = ["--service-id", "ServiceId-1", "--issuer", "https://cluster.test"];
+    let who = ["--namespace", "ns", "--service-account", "sa"];
+    let create = [&["profiles", "create", "node"][..], &issuer, &who].concat();
+    assert!(stdout(&managing(&server, &create, "").await).contains("Profile-1"));
+    for delete in [["policies", "delete", "Policy-1"], ["profiles", "delete", "Profile-1"]] {
+        assert!(managing(&server, &delete, "").await.status.success());
+    }
+    let bodies: Vec<String> = sent(&server, "POST").into_iter().map(|asked| asked.body).collect();
+    assert!(bodies[0].contains(r#""instance_id":"i-1","key_id":"k-1""#), "{}", bodies[0]);
+    assert!(bodies[1].contains(r#""namespace":"ns","service_account":"sa""#), "{}", bodies[1]);
+    // Without a place, or with half of a name, nothing is sent.
+    for wrong in [
+        vec!["policies", "create", "ServiceId-1", "--role", "Reader"],
+        vec!["policies", "create", "ServiceId-1", "--role", "Reader", "--key", "k-1"],
+        vec!["profiles", "create", "n", "--service-id", "s", "--issuer", "i", "--namespace", "ns"],
+    ] {
+        assert_eq!(managing(&server, &wrong, "").await.status.code(), Some(2), "{wrong:?}");
+    }
 }

@@ -16,12 +16,14 @@ async fn what_is_missing_is_named_with_the_option_that_gives_it() {
 
 #[tokio::test]
 async fn a_wrong_command_line_exits_with_2() {
-    let wrong: [&[&str]; 5] = [
+    let wrong: [&[&str]; 7] = [
         &["keys", "bogus"],
         &["keys", "import", "name-without-material"],
         &["service-ids", "create", "x", "--role", "Viewer"],
         &["keys", "list", "--api-key", "secret"],
         &["bench", "--socket", "/s", "--callers", "0"],
+        &["verify", "--etcd-cert", "/c"],
+        &["verify", "--socket", "/s", "--key-id", "k"],
     ];
     for arguments in wrong {
         assert_eq!(run(kmsctl(arguments), "").await.status.code(), Some(2), "{arguments:?}");
@@ -33,6 +35,7 @@ async fn each_shell_gets_a_completion_script() {
     for shell in ["bash", "zsh", "fish"] {
         let output = run(kmsctl(&["completion", shell]), "").await;
         assert!(output.status.success() && stdout(&output).contains("service-ids"), "{shell}");
+        assert!(stdout(&output).contains("encryption-config"), "{shell}");
     }
 }
 

@@ -19,7 +19,8 @@ fn sealed(len_bytes: u8, payload: &[u8]) -> Vec<u8> {
 fn foreign(prefix: &[u8], payload: &[u8], fill: &[u8]) -> Envelope {
     let mut blocks = [prefix, payload, fill].concat();
     encrypt(&dek(), [9; 16], &mut blocks).unwrap();
-    Envelope { kp_version: 1, wdek: WDEK.to_vec(), iv: [9; 16], blocks, canonical: true }
+    let (wdek, wdek_sha256) = (WDEK.to_vec(), sha256(WDEK));
+    Envelope { kp_version: 1, wdek, wdek_sha256, iv: [9; 16], blocks, canonical: true }
 }
 
 /// What `change` makes of the inner struct, encoded again.
@@ -227,7 +228,9 @@ proptest! {
     ) {
         let wdek = WDEK.to_vec();
         let blocks = seed.repeat(blocks);
-        let envelope = Envelope { kp_version: 1, wdek, iv, blocks, canonical: true };
+        let wdek_sha256 = sha256(&wdek);
+        let envelope =
+            Envelope { kp_version: 1, wdek, wdek_sha256, iv, blocks, canonical: true };
         let opened = envelope.open(&dek(), len_bytes, accept);
         prop_assert!(!opened.is_ok_and(|opened| opened.authenticated));
     }

@@ -15,7 +15,7 @@ fn key_id(version: &str) -> KeyId {
 }
 
 fn sealed(payload: &[u8]) -> Vec<u8> {
-    seal(&dek(), &key_id("v1"), 1, WDEK, [9; 12], payload).unwrap()
+    seal(&dek(), &key_id("v1"), 1, WDEK, Some([9; 12]), payload).unwrap()
 }
 
 fn open(ciphertext: &[u8]) -> Result<Vec<u8>, OpenError> {
@@ -36,19 +36,20 @@ fn a_seed_of_kube_apiserver_comes_back() {
 fn ends_exactly_where_kube_apiserver_ends() {
     let room = (0..).find(|len| seal_len(*len).is_none()).unwrap() - 1;
     assert_eq!(seal_len(room), Some(MAX_V2_CIPHERTEXT));
-    let error = seal(&dek(), &key_id("v1"), 1, WDEK, [9; 12], &vec![0; room + 1]).unwrap_err();
+    let error =
+        seal(&dek(), &key_id("v1"), 1, WDEK, Some([9; 12]), &vec![0; room + 1]).unwrap_err();
     assert_eq!(error, SealError::CiphertextTooLong { len: 1025, max: 1024 });
     assert_eq!(open(&sealed(&vec![5; room])).unwrap(), vec![5; room]);
 }
 
 fn seal_len(payload: usize) -> Option<usize> {
     let payload = vec![0; payload];
-    seal(&dek(), &key_id("v1"), 1, WDEK, [9; 12], &payload).ok().map(|sealed| sealed.len())
+    seal(&dek(), &key_id("v1"), 1, WDEK, Some([9; 12]), &payload).ok().map(|sealed| sealed.len())
 }
 
 #[test]
 fn without_a_wdek_nothing_is_sealed() {
-    let sealed = seal(&dek(), &key_id("v1"), 1, b"", [9; 12], b"x");
+    let sealed = seal(&dek(), &key_id("v1"), 1, b"", Some([9; 12]), b"x");
     assert_eq!(sealed, Err(SealError::NoWdek));
 }
 
@@ -65,6 +66,7 @@ fn key_id_version_wdek_and_dek_are_all_bound() {
     not_authentic(&other, &dek(), &key_id("v1"));
     let mut other = envelope.clone();
     other.wire.wdek.push(b'=');
+    let other = Envelope::decode(&other.wire.to_ciphertext()).unwrap();
     not_authentic(&other, &dek(), &key_id("v1"));
 }
 
@@ -115,10 +117,20 @@ fn bytes_of_another_form_are_named() {
     }
 }
 
+#[test]
+fn a_nonce_that_the_module_draws_changes_nothing_but_the_nonce() {
+    let seal = |nonce| seal(&dek(), &key_id("v1"), 1, WDEK, nonce, b"payload").unwrap();
+    let (one, other) = (seal(None), seal(None));
+    let [one_nonce, other_nonce] =
+        [&one, &other].map(|sealed| Envelope::decode(sealed).unwrap().nonce);
+    assert_ne!(one_nonce, other_nonce);
+    assert_eq!([one, other], [seal(Some(one_nonce)), seal(Some(other_nonce))]);
+}
+
 proptest! {
     #[test]
     fn what_is_sealed_opens(
-        dek: [u8; 32], nonce: [u8; 12], kp_version: i64, version in "[a-z0-9-]{1,40}",
+        dek: [u8; 32], nonce: Option<[u8; 12]>, kp_version: i64, version in "[a-z0-9-]{1,40}",
         wdek in proptest::collection::vec(any::<u8>(), 1..400),
         payload in proptest::collection::vec(any::<u8>(), 0..400),
     ) {

@@ -1,14 +1,15 @@
 //! The way into the HSM, opened on a thread of its own at the first request: libraries of HSMs may take long to load,
 //! may not be there yet, and nobody's request may wait for them longer than its own deadline.
 //!
-//! A PIN that was refused is never tried again by this process.
+//! A PIN that was refused is never tried again; another one in the configuration is, without a restart.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-use kms_hsm::pkcs11::{Pkcs11Vault, Settings, TokenChoice};
+use kms_core::secret::SecretText;
+use kms_hsm::pkcs11::{Pin, Pkcs11Vault, Settings, TokenChoice};
 use kms_hsm::{Vault, VaultError};
 use tokio::sync::watch;
 
@@ -22,6 +23,7 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// One HSM, opened when it is first asked for.
 pub struct Hsm {
     open: Arc<Open>,
+    pin: Pin,
     door: OnceLock<watch::Receiver<Door>>,
 }
 
@@ -31,16 +33,24 @@ type Opened = Result<Arc<dyn Vault>, VaultError>;
 type Door = Option<Opened>;
 
 impl Hsm {
-    /// `open` may block. It is called again, with pauses, while it answers `Unavailable`, and never after any other
-    /// answer.
-    pub fn new(open: impl Fn() -> Opened + Send + Sync + 'static) -> Hsm {
-        Hsm { open: Arc::new(open), door: OnceLock::new() }
+    /// `open` may block. It is called again, with pauses, while it answers `Unavailable`; after `Credential`, when `pin`
+    /// is another one; and never after any other answer.
+    pub fn new(pin: Pin, open: impl Fn() -> Opened + Send + Sync + 'static) -> Hsm {
+        Hsm { open: Arc::new(open), pin, door: OnceLock::new() }
     }
 
     /// The HSM of the configuration.
     pub fn with(hsm: &config::Hsm) -> Hsm {
         let settings = settings(hsm);
-        Hsm::new(move || Ok(Arc::new(Pkcs11Vault::open(settings.clone())?)))
+        let pin = settings.pin.clone();
+        Hsm::new(pin, move || Ok(Arc::new(Pkcs11Vault::open(settings.clone())?)))
+    }
+
+    /// Logs in with this PIN from now on. A login that lasts is left alone.
+    pub fn use_pin(&self, pin: &SecretText) {
+        if self.pin.replace(pin.clone()) {
+            tracing::info!("The HSM's PIN is another one; the next login is made with it.");
+        }
     }
 
     /// The opened HSM.
@@ -48,7 +58,8 @@ impl Hsm {
     /// # Errors
     /// Why it is not open.
     pub async fn vault(&self) -> Opened {
-        let mut door = self.door.get_or_init(|| unlock(self.open.clone())).clone();
+        let mut door =
+            self.door.get_or_init(|| unlock(self.open.clone(), self.pin.clone())).clone();
         // An error means that the thread ended without a word, as it does when it panics.
         let opened = door.wait_for(Option::is_some).await.ok().and_then(|door| door.clone());
         opened.unwrap_or_else(|| Err(away("it cannot be opened")))
@@ -59,41 +70,54 @@ impl Hsm {
 pub fn settings(hsm: &config::Hsm) -> Settings {
     Settings {
         library: hsm.library.clone(),
-        token: TokenChoice::Label(hsm.token_label.clone()),
-        pin: hsm.pin.clone(),
+        token: match hsm.token.clone() {
+            config::Token::Label(label) => TokenChoice::Label(label),
+            config::Token::Serial(serial) => TokenChoice::Serial(serial),
+            config::Token::Slot(slot) => TokenChoice::Slot(slot),
+        },
+        pin: hsm.pin.clone().into(),
         sessions: hsm.sessions,
         queue: QUEUE,
         deadline: hsm.deadline,
+        // The plug-in writes the format that both ends know.
+        gcm: None,
     }
 }
 
-fn unlock(open: Arc<Open>) -> watch::Receiver<Door> {
+fn unlock(open: Arc<Open>, pin: Pin) -> watch::Receiver<Door> {
     let (news, door) = watch::channel(None);
     let name = "hsm-opening".to_owned();
-    let thread = thread::Builder::new().name(name).spawn(move || keep_opening(&*open, &news));
+    let thread = thread::Builder::new().name(name).spawn(move || keep_opening(&*open, &pin, &news));
     if let Err(error) = thread {
         tracing::error!("The HSM cannot be opened, no thread can be started: {error}");
     }
     door
 }
 
-fn keep_opening(open: &Open, news: &watch::Sender<Door>) {
+fn keep_opening(open: &Open, pin: &Pin, news: &watch::Sender<Door>) {
     let mut told = None;
     while !news.is_closed() {
-        let cause = match open() {
-            Err(VaultError::Unavailable { cause }) => cause,
-            opened => {
-                news.send_replace(Some(opened));
-                return;
+        let answer = match open() {
+            Err(VaultError::Unavailable { cause }) => {
+                // Paths are for the log only: what is answered, kube-apiserver shows to its users.
+                if told.as_ref() != Some(&cause) {
+                    tracing::error!("The PKCS#11 library cannot be used, will try again: {cause}");
+                    told = Some(cause);
+                }
+                Err(away("its PKCS#11 library cannot be used"))
             }
+            answer => answer,
         };
-        // Paths are for the log only: what is answered, kube-apiserver shows to its users.
-        if told.as_ref() != Some(&cause) {
-            tracing::error!("The PKCS#11 library cannot be used, will try again: {cause}");
-            told = Some(cause);
+        let done =
+            !matches!(answer, Err(VaultError::Unavailable { .. } | VaultError::Credential(_)));
+        news.send_replace(Some(answer));
+        if done {
+            return;
         }
-        news.send_replace(Some(Err(away("its PKCS#11 library cannot be used"))));
         thread::sleep(PAUSE);
+        while pin.is_refused() && !news.is_closed() {
+            thread::sleep(PAUSE);
+        }
     }
 }
 

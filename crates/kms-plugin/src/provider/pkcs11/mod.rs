@@ -13,7 +13,7 @@ use async_trait::async_trait;
 use kms_core::secret::{Dek, SecretBytes};
 use kms_core::wdek::{self, Wdek, WdekVersion};
 use kms_daemon::telemetry::{Shown, VALUES};
-use kms_hsm::{VaultError, Wrapped};
+use kms_hsm::{Sealed, VaultError, Wrapped};
 use uuid::Uuid;
 
 pub use self::hsm::{Hsm, settings};
@@ -106,16 +106,24 @@ impl KeyService for Pkcs11Crk {
         let bytes = vault.random(NEW_DEK).await.map_err(failed)?;
         let dek = dek(&bytes)?;
         let wdek = self.wrap(*id, bytes).await.map_err(failed)?.encode();
-        tracing::info!(target: VALUES, uid = call.uid, crk = self.crk, wdek, "wrapped");
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), crk = self.crk, wdek, "wrapped");
         Ok(NewDek { dek, wdek: wdek.into_bytes().into(), version: name.clone() })
     }
 
     async fn unwrap(&self, wdek: &[u8], call: &Call) -> Result<Unwrapped, Error> {
-        tracing::info!(target: VALUES, uid = call.uid, crk = self.crk, wdek = %Shown(wdek), "unwrapping");
-        let (version, wrapped) = parts(wdek).ok_or(Error::NotAuthentic)?;
+        tracing::info!(target: VALUES, uid = call.uid, trace_id = call.trace_id(), crk = self.crk, wdek = %Shown(wdek), "unwrapping");
+        let (version, wdek) = parts(wdek).ok_or(Error::NotAuthentic)?;
         let failed = |error| self.failed(error, version);
         let vault = self.hsm.vault().await.map_err(failed)?;
-        let opened = vault.unwrap(version, &self.context(version), wrapped).await;
+        let Wdek { version: format, ciphertext, hash, iv, .. } = wdek;
+        let context = self.context(version);
+        // The plug-in writes no AES-GCM, whose uses only a database can count; it reads what a key service wrote.
+        let opened = match format {
+            WdekVersion::V4_0_0 => {
+                vault.unwrap_gcm(version, &context, Sealed { iv, ciphertext }).await
+            }
+            _ => vault.unwrap(version, &context, Wrapped { iv, ciphertext, hash }).await,
+        };
         let dek = dek(&opened.map_err(failed)?)?;
         self.note_use(version);
         let named = self.named_version().filter(|_| !self.is_named(version));
@@ -127,11 +135,10 @@ impl KeyService for Pkcs11Crk {
     }
 }
 
-/// The version that a WDEK names, and what it holds.
-fn parts(wdek: &[u8]) -> Option<(Uuid, Wrapped)> {
+/// The version that a WDEK names, and the WDEK.
+fn parts(wdek: &[u8]) -> Option<(Uuid, Wdek)> {
     let wdek = Wdek::decode(std::str::from_utf8(wdek).ok()?).ok()?;
-    let Wdek { ciphertext, hash, iv, handle, .. } = wdek;
-    Some((handle?, Wrapped { iv, ciphertext, hash }))
+    Some((wdek.handle?, wdek))
 }
 
 fn dek(bytes: &SecretBytes) -> Result<Dek, Error> {

@@ -2,24 +2,28 @@
 //!
 //! Each statement is a constant; values reach the database as parameters only.
 
+mod access;
+mod copy;
+mod custody;
 mod rows;
+mod trail;
 
 use super::{
-    ApiKey, ApiKeyHash, FirstContent, Instance, Key, KnownVersion, NewKey, Page, ServiceId,
-    SigningKey, Store, StoreError, Version, Wanted,
+    FirstContent, Instance, Key, NewKey, Page, SigningKey, Store, StoreError, Version, Wanted,
 };
-use crate::policy::Caller;
+use access::{insert_api_key, insert_service_id};
 use async_trait::async_trait;
-use kms_hsm::RsaPublic;
-use rows::{caller, key, nanoseconds, service_id, stamp, states, uuid};
+use rows::{key, nanoseconds, reach, signing_key, stamp, states, uuid};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
 use sqlx::{Row, SqlSafeStr, Sqlite, Transaction};
+use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -31,6 +35,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct SqliteStore {
     pool: SqlitePool,
+    /// Instances that were found once. None is ever removed, so each is looked for once, not with every request.
+    instances: Mutex<HashSet<Uuid>>,
 }
 
 impl SqliteStore {
@@ -53,6 +59,8 @@ impl SqliteStore {
             .busy_timeout(BUSY_TIMEOUT);
         let pool = SqlitePoolOptions::new()
             .max_connections(CONNECTIONS)
+            // A file does not hang up. Asking first would be one more way to another thread and back, for each query.
+            .test_before_acquire(false)
             .connect_with(options)
             .await
             .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
@@ -60,7 +68,11 @@ impl SqliteStore {
             .run(&pool)
             .await
             .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
-        Ok(Self { pool })
+        Ok(Self::over(pool))
+    }
+
+    fn over(pool: SqlitePool) -> Self {
+        Self { pool, instances: Mutex::default() }
     }
 
     async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
@@ -69,20 +81,27 @@ impl SqliteStore {
     }
 }
 
+fn lock(instances: &Mutex<HashSet<Uuid>>) -> MutexGuard<'_, HashSet<Uuid>> {
+    instances.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Nobody but the server's user reads who may do what. SQLite gives its side files the same mode.
 fn make_private(file: &Path) -> std::io::Result<()> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(file).map(drop)
 }
 
 fn migrations() -> Migrator {
-    let initial = include_str!("../../../migrations/0001_initial.sql");
-    Migrator::with_migrations(vec![Migration::new(
-        1,
-        "initial".into(),
-        MigrationType::Simple,
-        initial.into_sql_str(),
-        false,
-    )])
+    let texts = [
+        ("initial", include_str!("../../../migrations/0001_initial.sql")),
+        ("gcm uses", include_str!("../../../migrations/0002_gcm_uses.sql")),
+        ("access", include_str!("../../../migrations/0003_access.sql")),
+        ("audit anchors", include_str!("../../../migrations/0004_audit_anchors.sql")),
+        ("check values", include_str!("../../../migrations/0005_check_values.sql")),
+    ];
+    let migrations = (1..).zip(texts).map(|(number, (name, text))| {
+        Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
+    });
+    Migrator::with_migrations(migrations.collect())
 }
 
 #[async_trait]
@@ -125,13 +144,7 @@ impl Store for SqliteStore {
         )
         .fetch_optional(&self.pool)
         .await?
-        .map(|row| {
-            Ok(SigningKey {
-                id: uuid(&row, "id")?,
-                public: RsaPublic { n: row.try_get("modulus")?, e: row.try_get("exponent")? },
-                created_at: stamp(&row, "created_at")?,
-            })
-        })
+        .map(|row| signing_key(&row))
         .transpose()
     }
 
@@ -158,104 +171,17 @@ impl Store for SqliteStore {
     }
 
     async fn instance_exists(&self, id: Uuid) -> Result<bool, StoreError> {
+        if lock(&self.instances).contains(&id) {
+            return Ok(true);
+        }
         let found = sqlx::query("SELECT 1 FROM instances WHERE id = ?")
             .bind(id.to_string())
             .fetch_optional(&self.pool)
             .await?;
+        if found.is_some() {
+            lock(&self.instances).insert(id);
+        }
         Ok(found.is_some())
-    }
-
-    async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError> {
-        let mut tx = self.write().await?;
-        insert_service_id(&mut tx, service_id).await?;
-        Ok(tx.commit().await?)
-    }
-
-    async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError> {
-        let rows = sqlx::query(
-            "SELECT id, name, description, role, instance_id, created_at FROM service_ids
-             ORDER BY created_at, id",
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter().map(service_id).collect()
-    }
-
-    async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError> {
-        sqlx::query(
-            "SELECT id, name, description, role, instance_id, created_at FROM service_ids
-             WHERE id = ?",
-        )
-        .bind(id.to_string())
-        .fetch_optional(&self.pool)
-        .await?
-        .as_ref()
-        .map(service_id)
-        .transpose()
-    }
-
-    async fn add_api_key(&self, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError> {
-        let mut tx = self.write().await?;
-        insert_api_key(&mut tx, key, hash).await?;
-        Ok(tx.commit().await?)
-    }
-
-    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        let rows = sqlx::query(
-            "SELECT id, service_id, name, created_at FROM api_keys WHERE revoked_at IS NULL
-             ORDER BY created_at, id",
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter()
-            .map(|row| {
-                Ok(ApiKey {
-                    id: uuid(row, "id")?,
-                    service_id: uuid(row, "service_id")?,
-                    name: row.try_get("name")?,
-                    created_at: stamp(row, "created_at")?,
-                })
-            })
-            .collect()
-    }
-
-    async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError> {
-        let done =
-            sqlx::query("UPDATE api_keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL")
-                .bind(nanoseconds(at)?)
-                .bind(id.to_string())
-                .execute(&self.pool)
-                .await?;
-        Ok(done.rows_affected() == 1)
-    }
-
-    async fn caller_by_hash(&self, hash: &ApiKeyHash) -> Result<Option<Caller>, StoreError> {
-        sqlx::query(
-            "SELECT s.id, a.id AS api_key, s.role, s.instance_id
-             FROM api_keys a JOIN service_ids s ON s.id = a.service_id
-             WHERE a.hash = ? AND a.revoked_at IS NULL",
-        )
-        .bind(hash.as_slice())
-        .fetch_optional(&self.pool)
-        .await?
-        .as_ref()
-        .map(caller)
-        .transpose()
-    }
-
-    async fn caller(&self, service_id: Uuid, api_key: Uuid) -> Result<Option<Caller>, StoreError> {
-        sqlx::query(
-            "SELECT s.id, a.id AS api_key, s.role, s.instance_id
-             FROM api_keys a JOIN service_ids s ON s.id = a.service_id
-             WHERE a.id = ? AND s.id = ? AND a.revoked_at IS NULL",
-        )
-        .bind(api_key.to_string())
-        .bind(service_id.to_string())
-        .fetch_optional(&self.pool)
-        .await?
-        .as_ref()
-        .map(caller)
-        .transpose()
     }
 
     async fn begin_key(&self, key: &NewKey) -> Result<(), StoreError> {
@@ -317,6 +243,21 @@ impl Store for SqliteStore {
         Ok(tx.commit().await?)
     }
 
+    async fn reserve_gcm_uses(&self, version: Uuid, uses: u64) -> Result<u64, StoreError> {
+        let add = i64::try_from(uses).map_err(|_| StoreError::Conflict("too many uses".into()))?;
+        let mut tx = self.write().await?;
+        let sum: Option<i64> = sqlx::query_scalar(
+            "UPDATE key_versions SET gcm_uses = gcm_uses + ? WHERE id = ? RETURNING gcm_uses",
+        )
+        .bind(add)
+        .bind(version.to_string())
+        .fetch_optional(&mut *tx)
+        .await?;
+        let sum = sum.ok_or_else(|| StoreError::Conflict("the version does not exist".into()))?;
+        tx.commit().await?;
+        Ok(sum.unsigned_abs())
+    }
+
     async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError> {
         sqlx::query(
             "SELECT k.*, v.id AS version_id, v.created_at AS version_created_at
@@ -346,11 +287,13 @@ impl Store for SqliteStore {
              WHERE k.instance_id = ? AND k.state <> -1
                AND CASE WHEN k.state = 1 AND k.expires_at <= ? THEN 3 ELSE k.state END
                    IN (SELECT value FROM json_each(?))
-             ORDER BY k.id LIMIT ? OFFSET ?",
+               AND (?4 IS NULL OR k.id IN (SELECT value FROM json_each(?4)))
+             ORDER BY k.id LIMIT ?5 OFFSET ?6",
         )
         .bind(instance.to_string())
         .bind(nanoseconds(wanted.now)?)
         .bind(states(wanted))
+        .bind(reach(wanted))
         .bind(page.limit)
         .bind(page.offset)
         .fetch_all(&self.pool)
@@ -362,11 +305,13 @@ impl Store for SqliteStore {
         let row = sqlx::query(
             "SELECT count(*) FROM keys k WHERE k.instance_id = ? AND k.state <> -1
                AND CASE WHEN k.state = 1 AND k.expires_at <= ? THEN 3 ELSE k.state END
-                   IN (SELECT value FROM json_each(?))",
+                   IN (SELECT value FROM json_each(?))
+               AND (?4 IS NULL OR k.id IN (SELECT value FROM json_each(?4)))",
         )
         .bind(instance.to_string())
         .bind(nanoseconds(wanted.now)?)
         .bind(states(wanted))
+        .bind(reach(wanted))
         .fetch_one(&self.pool)
         .await?;
         let count: i64 = row.try_get(0)?;
@@ -388,6 +333,24 @@ impl Store for SqliteStore {
             .collect()
     }
 
+    async fn suspend_key(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        suspended: bool,
+    ) -> Result<bool, StoreError> {
+        let (from, to) = if suspended { (1, 2) } else { (2, 1) };
+        let done =
+            sqlx::query("UPDATE keys SET state = ? WHERE instance_id = ? AND id = ? AND state = ?")
+                .bind(to)
+                .bind(instance.to_string())
+                .bind(id.to_string())
+                .bind(from)
+                .execute(&self.pool)
+                .await?;
+        Ok(done.rows_affected() == 1)
+    }
+
     async fn delete_key(
         &self,
         instance: Uuid,
@@ -397,7 +360,7 @@ impl Store for SqliteStore {
     ) -> Result<bool, StoreError> {
         let done = sqlx::query(
             "UPDATE keys SET state = 5, deleted_at = ?, deleted_by = ?
-             WHERE instance_id = ? AND id = ? AND state = 1",
+             WHERE instance_id = ? AND id = ? AND state IN (1, 2)",
         )
         .bind(nanoseconds(at)?)
         .bind(by)
@@ -406,25 +369,6 @@ impl Store for SqliteStore {
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() == 1)
-    }
-
-    async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError> {
-        let rows = sqlx::query(
-            "SELECT k.instance_id, k.id AS key_id, v.id, v.number IS NULL AS pending
-             FROM key_versions v JOIN keys k ON k.id = v.key_id ORDER BY v.id",
-        )
-        .fetch_all(&self.pool)
-        .await?;
-        rows.iter()
-            .map(|row| {
-                Ok(KnownVersion {
-                    instance: uuid(row, "instance_id")?,
-                    key: uuid(row, "key_id")?,
-                    version: uuid(row, "id")?,
-                    pending: row.try_get("pending")?,
-                })
-            })
-            .collect()
     }
 }
 
@@ -448,36 +392,6 @@ async fn insert_signing_key(tx: &mut Tx, key: &SigningKey) -> Result<(), StoreEr
         .bind(nanoseconds(key.created_at)?)
         .execute(&mut **tx)
         .await?;
-    Ok(())
-}
-
-async fn insert_service_id(tx: &mut Tx, service_id: &ServiceId) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO service_ids (id, name, description, role, instance_id, created_at)
-         VALUES (?, ?, ?, ?, ?, ?)",
-    )
-    .bind(service_id.id.to_string())
-    .bind(&service_id.name)
-    .bind(&service_id.description)
-    .bind(service_id.grant.role.name())
-    .bind(service_id.grant.scope.instance().map(|id| id.to_string()))
-    .bind(nanoseconds(service_id.created_at)?)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
-}
-
-async fn insert_api_key(tx: &mut Tx, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError> {
-    sqlx::query(
-        "INSERT INTO api_keys (id, service_id, name, hash, created_at) VALUES (?, ?, ?, ?, ?)",
-    )
-    .bind(key.id.to_string())
-    .bind(key.service_id.to_string())
-    .bind(&key.name)
-    .bind(hash.as_slice())
-    .bind(nanoseconds(key.created_at)?)
-    .execute(&mut **tx)
-    .await?;
     Ok(())
 }
 

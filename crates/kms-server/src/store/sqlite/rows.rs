@@ -1,15 +1,23 @@
 //! Between rows and the store's types. What this server never wrote is refused, not guessed at.
 
-use crate::policy::{Caller, Grant, Role, Scope};
-use crate::store::{Key, ServiceId, StoreError, Version, Wanted};
+use crate::policy::{Caller, Credential, Grant, Reach, Role, Scope};
+use crate::store::{Key, KeyState, Policy, ServiceId, SigningKey, StoreError, Version, Wanted};
+use kms_hsm::RsaPublic;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+pub(super) fn signing_key(row: &SqliteRow) -> Result<SigningKey, StoreError> {
+    Ok(SigningKey {
+        id: uuid(row, "id")?,
+        public: RsaPublic { n: row.try_get("modulus")?, e: row.try_get("exponent")? },
+        created_at: stamp(row, "created_at")?,
+    })
+}
+
 pub(super) fn key(row: &SqliteRow) -> Result<Key, StoreError> {
     let tags: String = row.try_get("tags")?;
-    let state: i64 = row.try_get("state")?;
     Ok(Key {
         id: uuid(row, "id")?,
         instance: uuid(row, "instance_id")?,
@@ -18,7 +26,7 @@ pub(super) fn key(row: &SqliteRow) -> Result<Key, StoreError> {
         tags: serde_json::from_str(&tags)
             .map_err(|e| StoreError::Corrupt(format!("keys.tags: {e}")))?,
         imported: row.try_get("imported")?,
-        destroyed: state == 5,
+        marked: marked(row.try_get("state")?)?,
         expires_at: optional_stamp(row, "expires_at")?,
         created_at: stamp(row, "created_at")?,
         created_by: row.try_get("created_by")?,
@@ -32,28 +40,74 @@ pub(super) fn key(row: &SqliteRow) -> Result<Key, StoreError> {
     })
 }
 
-pub(super) fn service_id(row: &SqliteRow) -> Result<ServiceId, StoreError> {
-    Ok(ServiceId {
-        id: uuid(row, "id")?,
-        name: row.try_get("name")?,
-        description: row.try_get("description")?,
-        grant: grant(row)?,
-        created_at: stamp(row, "created_at")?,
-    })
+/// An unknown state must never turn into a usable one: it stops the call.
+fn marked(state: i64) -> Result<KeyState, StoreError> {
+    match state {
+        1 => Ok(KeyState::Active),
+        2 => Ok(KeyState::Suspended),
+        5 => Ok(KeyState::Destroyed),
+        other => Err(StoreError::Corrupt(format!("keys.state: {other}"))),
+    }
 }
 
-pub(super) fn caller(row: &SqliteRow) -> Result<Caller, StoreError> {
-    Ok(Caller { service_id: uuid(row, "id")?, api_key: uuid(row, "api_key")?, grant: grant(row)? })
+/// The service IDs of rows that hold one policy each, or none, ordered by service ID.
+pub(super) fn service_ids(rows: &[SqliteRow]) -> Result<Vec<ServiceId>, StoreError> {
+    let mut found: Vec<ServiceId> = Vec::new();
+    for row in rows {
+        let id = uuid(row, "id")?;
+        if found.last().is_none_or(|last| last.id != id) {
+            found.push(ServiceId {
+                id,
+                name: row.try_get("name")?,
+                description: row.try_get("description")?,
+                home: Scope::of(optional_uuid(row, "home")?),
+                policies: Vec::new(),
+                created_at: stamp(row, "created_at")?,
+            });
+        }
+        if let (Some(last), Some(policy)) = (found.last_mut(), policy(row, id)?) {
+            last.policies.push(policy);
+        }
+    }
+    Ok(found)
 }
 
-fn grant(row: &SqliteRow) -> Result<Grant, StoreError> {
-    let role: String = row.try_get("role")?;
+fn policy(row: &SqliteRow, service_id: Uuid) -> Result<Option<Policy>, StoreError> {
+    let Some(grant) = grant(row)? else { return Ok(None) };
+    let (id, created_at) = (uuid(row, "policy")?, stamp(row, "granted_at")?);
+    Ok(Some(Policy { id, service_id, grant, created_at }))
+}
+
+/// The caller of rows that hold one of their grants each, or none; `None` without a row.
+pub(super) fn caller(
+    rows: &[SqliteRow],
+    credential: impl FnOnce(&SqliteRow) -> Result<Credential, StoreError>,
+) -> Result<Option<Caller>, StoreError> {
+    let Some(first) = rows.first() else { return Ok(None) };
+    let grants = rows.iter().filter_map(|row| grant(row).transpose());
+    let grants = grants.collect::<Result<_, _>>()?;
+    Ok(Some(Caller { service_id: uuid(first, "id")?, credential: credential(first)?, grants }))
+}
+
+/// `None` where an outer join found no policy.
+fn grant(row: &SqliteRow) -> Result<Option<Grant>, StoreError> {
+    let Some(role): Option<String> = row.try_get("role")? else { return Ok(None) };
     // An unknown role must never turn into "everywhere" or into nothing: it stops the call.
-    let role = Role::parse(&role)
-        .ok_or_else(|| StoreError::Corrupt(format!("service_ids.role: {role}")))?;
-    let instance: Option<String> = row.try_get("instance_id")?;
-    let instance = instance.map(|text| parse_uuid(&text)).transpose()?;
-    Ok(Grant { role, scope: Scope::of(instance) })
+    let role =
+        Role::parse(&role).ok_or_else(|| StoreError::Corrupt(format!("policies.role: {role}")))?;
+    let scope = match (optional_uuid(row, "instance_id")?, optional_uuid(row, "key_id")?) {
+        (instance, None) => Scope::of(instance),
+        (Some(instance), Some(key)) => Scope::Key { instance, key },
+        (None, Some(key)) => {
+            return Err(StoreError::Corrupt(format!("a policy for {key} without an instance")));
+        }
+    };
+    Ok(Some(Grant { role, scope }))
+}
+
+pub(super) fn optional_uuid(row: &SqliteRow, column: &str) -> Result<Option<Uuid>, StoreError> {
+    let text: Option<String> = row.try_get(column)?;
+    text.map(|text| parse_uuid(&text)).transpose()
 }
 
 pub(super) fn uuid(row: &SqliteRow, column: &str) -> Result<Uuid, StoreError> {
@@ -69,7 +123,10 @@ pub(super) fn stamp(row: &SqliteRow, column: &str) -> Result<OffsetDateTime, Sto
     time_of(row.try_get(column)?)
 }
 
-fn optional_stamp(row: &SqliteRow, column: &str) -> Result<Option<OffsetDateTime>, StoreError> {
+pub(super) fn optional_stamp(
+    row: &SqliteRow,
+    column: &str,
+) -> Result<Option<OffsetDateTime>, StoreError> {
     let nanoseconds: Option<i64> = row.try_get(column)?;
     nanoseconds.map(time_of).transpose()
 }
@@ -87,6 +144,17 @@ pub(super) fn nanoseconds(at: OffsetDateTime) -> Result<i64, StoreError> {
 pub(super) fn states(wanted: &Wanted) -> String {
     let numbers: Vec<String> = wanted.states.iter().map(|s| s.number().to_string()).collect();
     format!("[{}]", numbers.join(","))
+}
+
+/// A JSON list of ids, or nothing where all keys are meant.
+pub(super) fn reach(wanted: &Wanted) -> Option<String> {
+    match &wanted.reach {
+        Reach::All => None,
+        Reach::Only(keys) => {
+            let ids: Vec<String> = keys.iter().map(|id| format!("\"{id}\"")).collect();
+            Some(format!("[{}]", ids.join(",")))
+        }
+    }
 }
 
 impl From<sqlx::Error> for StoreError {

@@ -1,10 +1,13 @@
 //! A store that fails when told to: before it has done something, or after it has but before anybody hears of it.
 
 use async_trait::async_trait;
-use kms_server::policy::Caller;
+use kms_core::audit::Link;
+use kms_hsm::CheckValue;
+use kms_server::policy::{ApiKeySecret, Caller};
 use kms_server::store::{
-    ApiKey, ApiKeyHash, FirstContent, Instance, Key, KnownVersion, NewKey, Page, ServiceId,
-    SigningKey, SqliteStore, Store, StoreError, Version, Wanted,
+    Access, ApiKey, ApiKeyHash, Custody, FirstContent, Instance, Key, KnownVersion, NewKey,
+    NewSecret, Page, Policy, Profile, ServiceId, SigningKey, SqliteStore, Store, StoreError, Trail,
+    Version, Wanted,
 };
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -14,10 +17,13 @@ use uuid::Uuid;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
     BeginKey,
+    KeepCheckValue,
     ActivateKey,
     BeginVersion,
     ActivateVersion,
+    SuspendKey,
     DeleteKey,
+    RotateApiKey,
     RevokeApiKey,
 }
 
@@ -83,6 +89,101 @@ impl FaultyStore {
 }
 
 #[async_trait]
+impl Access for FaultyStore {
+    async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError> {
+        self.read()?.add_service_id(service_id).await
+    }
+
+    async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError> {
+        self.read()?.service_ids().await
+    }
+
+    async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError> {
+        self.read()?.service_id(id).await
+    }
+
+    async fn add_policy(&self, policy: &Policy) -> Result<(), StoreError> {
+        self.read()?.add_policy(policy).await
+    }
+
+    async fn remove_policy(&self, id: Uuid) -> Result<bool, StoreError> {
+        self.read()?.remove_policy(id).await
+    }
+
+    async fn add_api_key(&self, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError> {
+        self.read()?.add_api_key(key, hash).await
+    }
+
+    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
+        self.read()?.api_keys().await
+    }
+
+    async fn lock_api_key(&self, id: Uuid, at: Option<OffsetDateTime>) -> Result<bool, StoreError> {
+        self.read()?.lock_api_key(id, at).await
+    }
+
+    async fn rotate_api_key(&self, id: Uuid, new: &NewSecret) -> Result<bool, StoreError> {
+        self.step(Step::RotateApiKey, self.store.rotate_api_key(id, new)).await
+    }
+
+    async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError> {
+        self.step(Step::RevokeApiKey, self.store.revoke_api_key(id, at)).await
+    }
+
+    async fn add_profile(&self, profile: &Profile) -> Result<(), StoreError> {
+        self.read()?.add_profile(profile).await
+    }
+
+    async fn profiles(&self) -> Result<Vec<Profile>, StoreError> {
+        self.read()?.profiles().await
+    }
+
+    async fn remove_profile(&self, id: Uuid) -> Result<bool, StoreError> {
+        self.read()?.remove_profile(id).await
+    }
+
+    async fn caller_by_hash(
+        &self,
+        hash: &ApiKeyHash,
+        now: OffsetDateTime,
+    ) -> Result<Option<Caller>, StoreError> {
+        self.read()?.caller_by_hash(hash, now).await
+    }
+
+    async fn caller(
+        &self,
+        service_id: Uuid,
+        secret: &ApiKeySecret,
+        now: OffsetDateTime,
+    ) -> Result<Option<Caller>, StoreError> {
+        self.read()?.caller(service_id, secret, now).await
+    }
+
+    async fn caller_by_profile(&self, id: Uuid) -> Result<Option<Caller>, StoreError> {
+        self.read()?.caller_by_profile(id).await
+    }
+}
+
+#[async_trait]
+impl Trail for FaultyStore {
+    async fn audit_head(&self, node: &str) -> Result<Option<Link>, StoreError> {
+        self.read()?.audit_head(node).await
+    }
+
+    async fn keep_audit_head(&self, node: &str, head: Link) -> Result<(), StoreError> {
+        self.read()?.keep_audit_head(node, head).await
+    }
+
+    async fn audit_key(&self) -> Result<Option<SigningKey>, StoreError> {
+        self.read()?.audit_key().await
+    }
+
+    async fn keep_audit_key(&self, key: &SigningKey) -> Result<SigningKey, StoreError> {
+        self.read()?.keep_audit_key(key).await
+    }
+}
+
+#[async_trait]
 impl Store for FaultyStore {
     async fn probe(&self) -> Result<(), StoreError> {
         self.read()?.probe().await
@@ -112,38 +213,6 @@ impl Store for FaultyStore {
         self.read()?.instance_exists(id).await
     }
 
-    async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError> {
-        self.read()?.add_service_id(service_id).await
-    }
-
-    async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError> {
-        self.read()?.service_ids().await
-    }
-
-    async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError> {
-        self.read()?.service_id(id).await
-    }
-
-    async fn add_api_key(&self, key: &ApiKey, hash: &ApiKeyHash) -> Result<(), StoreError> {
-        self.read()?.add_api_key(key, hash).await
-    }
-
-    async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError> {
-        self.read()?.api_keys().await
-    }
-
-    async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError> {
-        self.step(Step::RevokeApiKey, self.store.revoke_api_key(id, at)).await
-    }
-
-    async fn caller_by_hash(&self, hash: &ApiKeyHash) -> Result<Option<Caller>, StoreError> {
-        self.read()?.caller_by_hash(hash).await
-    }
-
-    async fn caller(&self, service_id: Uuid, api_key: Uuid) -> Result<Option<Caller>, StoreError> {
-        self.read()?.caller(service_id, api_key).await
-    }
-
     async fn begin_key(&self, key: &NewKey) -> Result<(), StoreError> {
         self.step(Step::BeginKey, self.store.begin_key(key)).await
     }
@@ -154,6 +223,10 @@ impl Store for FaultyStore {
 
     async fn begin_version(&self, key: Uuid, version: &Version) -> Result<(), StoreError> {
         self.step(Step::BeginVersion, self.store.begin_version(key, version)).await
+    }
+
+    async fn reserve_gcm_uses(&self, version: Uuid, uses: u64) -> Result<u64, StoreError> {
+        self.store.reserve_gcm_uses(version, uses).await
     }
 
     async fn activate_version(
@@ -186,6 +259,15 @@ impl Store for FaultyStore {
         self.read()?.versions(instance, key).await
     }
 
+    async fn suspend_key(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        suspended: bool,
+    ) -> Result<bool, StoreError> {
+        self.step(Step::SuspendKey, self.store.suspend_key(instance, id, suspended)).await
+    }
+
     async fn delete_key(
         &self,
         instance: Uuid,
@@ -195,8 +277,23 @@ impl Store for FaultyStore {
     ) -> Result<bool, StoreError> {
         self.step(Step::DeleteKey, self.store.delete_key(instance, id, at, by)).await
     }
+}
 
+#[async_trait]
+impl Custody for FaultyStore {
     async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError> {
         self.read()?.known_versions().await
+    }
+
+    async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError> {
+        self.step(Step::KeepCheckValue, self.store.keep_check_value(version, value)).await
+    }
+
+    async fn token_serial(&self) -> Result<Option<String>, StoreError> {
+        self.read()?.token_serial().await
+    }
+
+    async fn keep_token_serial(&self, serial: &str) -> Result<(), StoreError> {
+        self.read()?.keep_token_serial(serial).await
     }
 }

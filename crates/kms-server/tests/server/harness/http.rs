@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
 #[derive(Debug)]
 pub(crate) struct Answer {
@@ -44,6 +45,18 @@ pub(crate) async fn ask(
     headers: &[(&str, &str)],
     body: &str,
 ) -> Answer {
+    try_ask(address, ca, method, path, headers, body).await.unwrap()
+}
+
+/// `None` where the server is gone before it has answered.
+pub(crate) async fn try_ask(
+    address: SocketAddr,
+    ca: &Path,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> Option<Answer> {
     let mut request =
         format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n");
     for (name, value) in headers {
@@ -54,18 +67,19 @@ pub(crate) async fn ask(
     }
     request.push_str("\r\n");
     request.push_str(body);
-    let mut stream = connect(address, ca).await;
-    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut stream = try_connect(address, ca).await.ok()?;
+    stream.write_all(request.as_bytes()).await.ok()?;
     let mut text = Vec::new();
     // A server that closes without close_notify still has answered.
     let _ = stream.read_to_end(&mut text).await;
-    parse(&String::from_utf8(text).unwrap())
+    (!text.is_empty()).then(|| parse(&String::from_utf8(text).unwrap()))
 }
 
-pub(crate) async fn connect(
-    address: SocketAddr,
-    ca: &Path,
-) -> tokio_rustls::client::TlsStream<TcpStream> {
+pub(crate) async fn connect(address: SocketAddr, ca: &Path) -> TlsStream<TcpStream> {
+    try_connect(address, ca).await.unwrap()
+}
+
+async fn try_connect(address: SocketAddr, ca: &Path) -> std::io::Result<TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(ca).unwrap()).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -74,9 +88,9 @@ pub(crate) async fn connect(
         .unwrap()
         .with_root_certificates(roots)
         .with_no_client_auth();
-    let stream = TcpStream::connect(address).await.unwrap();
+    let stream = TcpStream::connect(address).await?;
     let name = ServerName::try_from("127.0.0.1").unwrap();
-    TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await
 }
 
 fn parse(text: &str) -> Answer {

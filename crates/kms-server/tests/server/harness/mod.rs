@@ -3,6 +3,8 @@
 
 pub(crate) mod faulty_store;
 pub(crate) mod http;
+pub(crate) mod issuer;
+pub(crate) mod rig;
 
 use faulty_store::FaultyStore;
 use http::Answer;
@@ -13,14 +15,20 @@ use kms_daemon::lifecycle::Shutdown;
 use kms_hsm::memory::MemoryVault;
 use kms_server::app::{App, Settings};
 use kms_server::audit::Audit;
+use kms_server::gate::Gates;
+use kms_server::guard::Guarded;
 use kms_server::health::Health;
 use kms_server::init::{Made, fill};
+use kms_server::issuers::{Issuers, Trusted};
+use kms_server::limits::{self, Limits};
 use kms_server::metrics::Metrics;
 use kms_server::ops::issue_token::hash;
-use kms_server::policy::{Caller, Grant, Role, Scope};
+use kms_server::policy::{ApiKeySecret, Caller, Credential, Grant, Role, Scope};
 use kms_server::serve::{self, Listeners};
-use kms_server::store::{ApiKey, Instance, ServiceId, SqliteStore, Store};
-use kms_server::tls;
+use kms_server::store::{
+    Access, ApiKey, Instance, Policy, Profile, ServiceId, SqliteStore, Store, Trail,
+};
+use kms_server::tls::{Files, Tls};
 use kms_server::token::{Issuer, random_uuid};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer as Signer, KeyPair};
 use serde_json::{Value, json};
@@ -33,6 +41,8 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
+/// Which server wrote the audit log.
+pub(crate) const NODE: &str = "node-1";
 pub(crate) const ISSUER: &str = "https://tokens.test/identity";
 
 /// A running server, stopped when dropped.
@@ -46,20 +56,39 @@ pub(crate) struct Server {
     pub(crate) vault: Arc<MemoryVault>,
     pub(crate) store: Arc<FaultyStore>,
     pub(crate) dir: Arc<TempDir>,
+    trusted: Vec<Trusted>,
     shutdown: Shutdown,
     serving: Option<JoinHandle<()>>,
 }
 
 impl Server {
+    pub(crate) const SETTINGS: Settings =
+        Settings { wdek_version: WdekVersion::V2_1_0, min_rotation_interval: Duration::ZERO };
+
     pub(crate) async fn start() -> Server {
-        Server::start_with(Settings {
-            wdek_version: WdekVersion::V2_1_0,
-            min_rotation_interval: Duration::ZERO,
-        })
-        .await
+        Server::start_with(Server::SETTINGS).await
     }
 
     pub(crate) async fn start_with(settings: Settings) -> Server {
+        Server::start_trusting(settings, Vec::new()).await
+    }
+
+    /// One that trades the tokens of other issuers.
+    pub(crate) async fn start_trusting(settings: Settings, trusted: Vec<Trusted>) -> Server {
+        // A rate comes back with time, and the clock of a test stands still.
+        let limits = limits::Settings { rate_per_instance: 0, ..limits::Settings::default() };
+        Server::start_all(settings, trusted, limits).await
+    }
+
+    pub(crate) async fn start_limited(limits: limits::Settings) -> Server {
+        Server::start_all(Server::SETTINGS, Vec::new(), limits).await
+    }
+
+    async fn start_all(
+        settings: Settings,
+        trusted: Vec<Trusted>,
+        limits: limits::Settings,
+    ) -> Server {
         let dir = Arc::new(TempDir::new().unwrap());
         make_certificates(dir.path());
         // Tokens are told apart from real time, certificates are not: start where both agree.
@@ -67,10 +96,23 @@ impl Server {
             Arc::new(ManualClock::at(SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000)));
         let vault = Arc::new(MemoryVault::new());
         let store = SqliteStore::open(&dir.path().join("kms.db"), true).await.unwrap();
-        let audit = Audit::open(&dir.path().join("audit.log"), clock.clone()).unwrap();
+        let audit = Audit::open(&dir.path().join("audit.log"), NODE, None, clock.clone()).unwrap();
         let made = fill(&store, &*vault, &audit, clock.wall().into()).await.unwrap();
         drop(audit);
-        Server::run(dir, clock, vault, store, settings, made).await
+        Server::run(dir, clock, vault, store, (settings, trusted, limits), made).await
+    }
+
+    /// One, and a second over the same database and HSM.
+    pub(crate) async fn start_pair() -> (Server, Server) {
+        let server = Server::start().await;
+        let dir = Arc::new(TempDir::new().unwrap());
+        make_certificates(dir.path());
+        let (clock, vault) = (server.clock.clone(), server.vault.clone());
+        let store = SqliteStore::open(&server.dir.path().join("kms.db"), false).await.unwrap();
+        let settings = (server.app.settings, Vec::new(), server.app.limits.settings());
+        let made = clone(&server.made);
+        let replica = Server::run(dir, clock, vault, store, settings, made).await;
+        (server, replica)
     }
 
     /// Another server over the same database, HSM and audit log, once this one has ended.
@@ -78,7 +120,8 @@ impl Server {
         self.shutdown.request();
         self.serving.take().unwrap().await.unwrap();
         let (dir, clock, vault) = (self.dir.clone(), self.clock.clone(), self.vault.clone());
-        let (settings, made) = (self.app.settings, clone(&self.made));
+        let settings = (self.app.settings, self.trusted.clone(), self.app.limits.settings());
+        let made = clone(&self.made);
         drop(self);
         let store = SqliteStore::open(&dir.path().join("kms.db"), false).await.unwrap();
         Server::run(dir, clock, vault, store, settings, made).await
@@ -89,22 +132,31 @@ impl Server {
         clock: Arc<ManualClock>,
         vault: Arc<MemoryVault>,
         store: SqliteStore,
-        settings: Settings,
+        (settings, trusted, limits): (Settings, Vec<Trusted>, limits::Settings),
         made: Made,
     ) -> Server {
         let signing_key = store.signing_key().await.unwrap().unwrap();
         let store = Arc::new(FaultyStore::new(store));
         let lifetime = Duration::from_secs(3600);
-        let audit = Audit::open(&dir.path().join("audit.log"), clock.clone()).unwrap();
+        // Each server has its own audit log, and is known by a name of its own.
+        let node = if dir.path().join("kms.db").exists() { NODE } else { "replica" };
+        let known = store.audit_head(node).await.unwrap();
+        let audit = Audit::open(&dir.path().join("audit.log"), node, known, clock.clone()).unwrap();
+        let guarded = Arc::new(Guarded::new(vault.clone(), store.clone()));
+        guarded.compare().await.unwrap();
         let app = Arc::new(App {
-            vault: vault.clone(),
+            vault: guarded,
             store: store.clone(),
             audit,
             issuer: Issuer::new(ISSUER.into(), lifetime, signing_key, clock.clone()),
+            issuers: Issuers::new(trusted.clone(), clock.clone()).unwrap(),
             clock: clock.clone(),
             settings,
+            gates: Gates::new(),
+            limits: Limits::new(limits, clock.clone()),
             metrics: Metrics::new(),
             health: Health::unknown(),
+            uses: kms_server::uses::Uses::default(),
         });
         let listeners = Listeners {
             keys: TcpListener::bind("127.0.0.1:0").await.unwrap(),
@@ -113,12 +165,29 @@ impl Server {
         };
         let [keys, tokens, health] = [&listeners.keys, &listeners.tokens, &listeners.health]
             .map(|l| l.local_addr().unwrap());
-        let acceptor =
-            tls::acceptor(&dir.path().join("tls.crt"), &dir.path().join("tls.key")).unwrap();
+        let tls = Tls::open(Files {
+            certificate: dir.path().join("tls.crt"),
+            key: dir.path().join("tls.key"),
+            client_ca: Some(dir.path().join("clients.crt")).filter(|file| file.exists()),
+        })
+        .unwrap();
         let shutdown = Shutdown::new();
         let serving =
-            Some(tokio::spawn(serve::serve(app.clone(), listeners, acceptor, shutdown.clone())));
-        Server { app, keys, tokens, health, made, clock, vault, store, dir, shutdown, serving }
+            Some(tokio::spawn(serve::serve(app.clone(), listeners, tls, shutdown.clone())));
+        Server {
+            app,
+            keys,
+            tokens,
+            health,
+            made,
+            clock,
+            vault,
+            store,
+            dir,
+            trusted,
+            shutdown,
+            serving,
+        }
     }
 
     pub(crate) fn ca(&self) -> PathBuf {
@@ -210,18 +279,36 @@ impl Server {
 
     /// A service ID with `role`, and the token of its API key.
     pub(crate) async fn identity(&self, role: Role, scope: Scope) -> (Caller, String) {
+        self.identity_with(&[Grant { role, scope }]).await
+    }
+
+    /// One with several policies.
+    pub(crate) async fn identity_with(&self, grants: &[Grant]) -> (Caller, String) {
         let id = || async { random_uuid(&*self.vault).await.unwrap() };
         let (service_id, api_key) = (id().await, id().await);
         let created_at = self.clock.wall().into();
-        let grant = Grant { role, scope };
-        let name = role.name().to_owned();
-        let owner = ServiceId { id: service_id, name, description: None, grant, created_at };
+        let owner = ServiceId::with(service_id, "somebody".into(), grants[0], created_at);
         self.store.add_service_id(&owner).await.unwrap();
-        let key = ApiKey { id: api_key, service_id, name: "key".into(), created_at };
+        for &grant in &grants[1..] {
+            let policy = Policy { id: id().await, service_id, grant, created_at };
+            self.store.add_policy(&policy).await.unwrap();
+        }
+        let key = ApiKey::new(api_key, service_id, "key".into(), created_at);
         let text = SecretText::new(api_key.to_string());
         self.store.add_api_key(&key, &hash(&text)).await.unwrap();
         let token = self.token(&text).await;
-        (Caller { service_id, api_key, grant }, token)
+        let credential = Credential::ApiKey(ApiKeySecret { api_key, generation: 1 });
+        (Caller { service_id, credential, grants: grants.to_vec() }, token)
+    }
+
+    /// A profile of this service ID.
+    pub(crate) async fn profile(&self, service_id: Uuid) -> Uuid {
+        let id = random_uuid(&*self.vault).await.unwrap();
+        let (name, created_at) = (id.to_string(), self.clock.wall().into());
+        let (issuer, subject) = ("https://issuer.test".into(), "somebody".into());
+        let profile = Profile { id, service_id, name, issuer, subject, created_at };
+        self.store.add_profile(&profile).await.unwrap();
+        id
     }
 
     pub(crate) async fn other_instance(&self) -> Uuid {
@@ -254,7 +341,7 @@ pub(crate) fn new_key(name: &str) -> String {
     .to_string()
 }
 
-fn make_certificates(dir: &Path) {
+pub(crate) fn make_certificates(dir: &Path) {
     let ca_key = KeyPair::generate().unwrap();
     let mut ca = CertificateParams::new(vec![]).unwrap();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);

@@ -74,7 +74,7 @@ struct Report {
 }
 
 pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error> {
-    let no_socket = |cause: &dyn std::error::Error| Error::socket(&args.socket, cause);
+    let no_socket = |cause: &(dyn std::error::Error + 'static)| Error::socket(&args.socket, cause);
     let process = match args.pid {
         Pid::Given(pid) => Some(Process::new(pid)),
         Pid::Auto => process::behind(&args.socket).map_err(|cause| no_socket(&cause))?,

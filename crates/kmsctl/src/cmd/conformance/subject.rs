@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use kms_api::client::causes;
 use kms_api::grpc::v1beta1::key_management_service_client::KeyManagementServiceClient as V1Client;
 use kms_api::grpc::v2::key_management_service_client::KeyManagementServiceClient as V2Client;
 use kms_api::grpc::{Channel, Status, connect, v1beta1, v2};
@@ -18,7 +19,6 @@ use uuid::Uuid;
 
 use super::leaks;
 use super::raw::{Answer, Broken, Connection, Request};
-use crate::error::causes;
 
 /// Codes of gRPC that the cases know by name.
 const DEADLINE_EXCEEDED: i32 = 4;

@@ -140,7 +140,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn annotation_keys_are_domain_names() {
+    fn case_13_annotation_keys_are_domain_names() {
         let label = "a".repeat(63);
         let longest = format!("{label}.{label}.{label}.{}", "a".repeat(61));
         for key in ["a.b", "version.kms.example.com", "0.1", "a-b.c", "a.b.", &longest] {

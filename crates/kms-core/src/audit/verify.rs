@@ -1,0 +1,261 @@
+//! Reads the lines of one node's log, oldest first, and says of each what is wrong at it.
+//!
+//! After a finding the reading goes on from what is there, so that one tampering is one or two findings and all places
+//! are found. Memory is bounded whatever the log holds.
+
+use super::anchor::{Anchor, PublicKey};
+use super::{Content, Hash, Line, Link, NotARecord, parse};
+use std::collections::VecDeque;
+use thiserror::Error;
+
+/// How far an anchor may stand behind the last record that it covers: the records that come while an HSM signs.
+pub const MAX_ANCHOR_DELAY: usize = 1 << 16;
+
+/// What is wrong at a line.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Finding {
+    #[error("this is no audit record: the line was changed, or never written by kms-server")]
+    NotARecord,
+    #[error("{} before this record", gone(*from, *to))]
+    Missing { from: u64, to: u64 },
+    #[error(
+        "record {found} stands where record {wanted} must be: it was inserted, moved or repeated"
+    )]
+    Misplaced { found: u64, wanted: u64 },
+    #[error(
+        "this record does not follow from the one before it: record {} was changed, or this one was put in its place",
+        seq.saturating_sub(1)
+    )]
+    Changed { seq: u64 },
+    #[error("this record is of node {found:?}, in the log of node {wanted:?}")]
+    OtherNode { found: String, wanted: String },
+    #[error("this anchor is not signed by the key that was given")]
+    BadSignature,
+    #[error(
+        "the signed anchor here says otherwise of record {head}: it or a record before it was changed, and the chain \
+         computed anew"
+    )]
+    Rewritten { head: u64 },
+    #[error("this anchor covers record {head}, which no record before it is")]
+    AnchorOutOfPlace { head: u64 },
+    #[error("the last line is not whole: a crash, or a cut")]
+    Torn,
+    #[error("{} at the end: the anchor that was given covers them", gone(*from, *to))]
+    Cut { from: u64, to: u64 },
+}
+
+fn gone(from: u64, to: u64) -> String {
+    if from == to {
+        format!("record {from} is missing")
+    } else {
+        format!("records {from} to {to} are missing")
+    }
+}
+
+/// What was read, and how much of it stands on more than the chain.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Summary {
+    pub node: Option<String>,
+    /// Numbers of the first and the last record.
+    pub first: u64,
+    pub last: u64,
+    pub records: u64,
+    pub anchors: u64,
+    /// The last record that an anchor covers whose signature is good; 0 without one.
+    pub anchored: u64,
+    pub anchored_at: Option<String>,
+}
+
+/// The state after the lines that were read.
+#[derive(Debug)]
+pub struct Verifier<'k> {
+    keys: &'k [PublicKey],
+    /// An anchor that was kept elsewhere, not yet met.
+    witness: Option<Anchor<'static>>,
+    link: Option<Link>,
+    /// The next line's link cannot be checked: the line before it is gone.
+    blind: bool,
+    /// The hashes of the last records, the newest at the back.
+    recent: VecDeque<Hash>,
+    /// The next line is the first of a file.
+    file_begins: bool,
+    summary: Summary,
+}
+
+impl<'k> Verifier<'k> {
+    /// `keys`: with which anchors may be signed; without any, signatures are not checked. `witness`: the last anchor,
+    /// as it was kept where nobody could cut it off.
+    #[must_use]
+    pub fn new(keys: &'k [PublicKey], witness: Option<Anchor<'static>>) -> Verifier<'k> {
+        Verifier {
+            keys,
+            witness,
+            link: None,
+            blind: false,
+            recent: VecDeque::new(),
+            file_begins: true,
+            summary: Summary::default(),
+        }
+    }
+
+    /// The first record must be number `seq`: 1, or the one after what was checked before.
+    #[must_use]
+    pub fn begin_at(mut self, seq: u64) -> Verifier<'k> {
+        self.link = Some(Link { seq: seq.saturating_sub(1), ..Link::start() });
+        self.blind = seq > 1;
+        self
+    }
+
+    /// The lines after this are of the next file.
+    pub fn next_file(&mut self) {
+        self.file_begins = true;
+    }
+
+    /// Reads one line, without its line feed; `found` gets what is wrong at it.
+    pub fn line(&mut self, line: &[u8], found: &mut Vec<Finding>) {
+        let Ok(read) = parse(line) else {
+            found.push(self.no_record());
+            return;
+        };
+        let file_begins = std::mem::take(&mut self.file_begins);
+        if !self.follows(&read, file_begins, found) {
+            return;
+        }
+        let link = Link { seq: read.seq, hash: Hash::of(line) };
+        self.note(&read, found);
+        self.summary.last = link.seq;
+        if self.summary.records == 0 {
+            self.summary.first = link.seq;
+        }
+        self.summary.records += 1;
+        self.link = Some(link);
+        self.recent.push_back(link.hash);
+        if self.recent.len() > MAX_ANCHOR_DELAY {
+            self.recent.pop_front();
+        }
+        self.meet_witness(link, found);
+    }
+
+    /// What the anchor that was kept elsewhere says of the end, and the summary.
+    #[must_use]
+    pub fn finish(mut self) -> (Summary, Option<Finding>) {
+        let last = self.summary.last;
+        let cut = self.witness.take().map(|anchor| anchor.head().seq).filter(|&head| head > last);
+        (self.summary, cut.map(|to| Finding::Cut { from: last + 1, to }))
+    }
+
+    fn no_record(&mut self) -> Finding {
+        // It stood for one record, most likely: then only its successor's link is lost.
+        if let Some(link) = &mut self.link {
+            link.seq += 1;
+            self.recent.clear();
+        }
+        self.blind = true;
+        Finding::NotARecord
+    }
+
+    /// Whether the chain goes on with this line.
+    fn follows(&mut self, read: &Line<'_>, file_begins: bool, found: &mut Vec<Finding>) -> bool {
+        let blind = std::mem::take(&mut self.blind);
+        let Some(link) = self.link else { return true };
+        let wanted = link.seq + 1;
+        if read.seq < wanted && !(blind && read.seq == link.seq) {
+            found.push(Finding::Misplaced { found: read.seq, wanted });
+            self.blind = blind;
+            // A file that begins so is another branch, and whole files are read to their end.
+            if file_begins {
+                self.recent.clear();
+            }
+            return file_begins;
+        }
+        if read.seq > wanted {
+            found.push(Finding::Missing { from: wanted, to: read.seq - 1 });
+            self.recent.clear();
+        } else if !blind && read.prev != link.hash {
+            found.push(Finding::Changed { seq: read.seq });
+        }
+        true
+    }
+
+    fn note(&mut self, read: &Line<'_>, found: &mut Vec<Finding>) {
+        let node = read.node();
+        match &self.summary.node {
+            None => self.summary.node = Some(node.to_owned()),
+            Some(known) if known != node => {
+                let (found_node, wanted) = (node.to_owned(), known.clone());
+                found.push(Finding::OtherNode { found: found_node, wanted });
+            }
+            Some(_) => {}
+        }
+        if let Content::Anchor(anchor) = &read.content {
+            self.anchor(anchor, read.seq, found);
+        }
+    }
+
+    fn anchor(&mut self, anchor: &Anchor<'_>, seq: u64, found: &mut Vec<Finding>) {
+        self.summary.anchors += 1;
+        if !self.keys.is_empty() && !self.keys.iter().any(|key| anchor.is_signed_by(key)) {
+            found.push(Finding::BadSignature);
+            return;
+        }
+        let head = anchor.head();
+        match self.known(head.seq, seq) {
+            Known::Hash(hash) if hash != head.hash => {
+                found.push(Finding::Rewritten { head: head.seq });
+            }
+            Known::Never => found.push(Finding::AnchorOutOfPlace { head: head.seq }),
+            Known::Hash(_) | Known::NotRead => {
+                if !self.keys.is_empty() {
+                    self.summary.anchored = head.seq;
+                    self.summary.anchored_at = Some(anchor.at().to_owned());
+                }
+            }
+        }
+    }
+
+    /// What the lines before record `here` told of record `seq`.
+    fn known(&self, seq: u64, here: u64) -> Known {
+        let Some(back) = here.checked_sub(seq).filter(|back| *back > 0) else {
+            return Known::Never;
+        };
+        let back = usize::try_from(back).unwrap_or(usize::MAX);
+        match self.recent.len().checked_sub(back).and_then(|at| self.recent.get(at)) {
+            Some(hash) => Known::Hash(*hash),
+            // kms-server signs anew rather than be so late: this one was moved here.
+            None if back > MAX_ANCHOR_DELAY => Known::Never,
+            None => Known::NotRead,
+        }
+    }
+
+    fn meet_witness(&mut self, link: Link, found: &mut Vec<Finding>) {
+        let Some(head) = self.witness.as_ref().map(Anchor::head) else { return };
+        if link.seq < head.seq {
+            return;
+        }
+        self.witness = None;
+        if link.seq == head.seq && link.hash != head.hash {
+            found.push(Finding::Rewritten { head: head.seq });
+        }
+    }
+}
+
+enum Known {
+    Hash(Hash),
+    /// It was before what was read, or behind a finding.
+    NotRead,
+    /// There was no such record.
+    Never,
+}
+
+impl<'a> Anchor<'a> {
+    /// From a line of the log, as it was kept elsewhere.
+    ///
+    /// # Errors
+    /// When it is anything else.
+    pub fn parse_line(line: &'a [u8]) -> Result<Anchor<'a>, NotARecord> {
+        match parse(line)?.content {
+            Content::Anchor(anchor) => Ok(anchor),
+            Content::Event(_) => Err(NotARecord),
+        }
+    }
+}

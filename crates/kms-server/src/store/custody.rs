@@ -1,0 +1,35 @@
+//! What the store knows of the HSM: which versions it ought to hold, and by what each is known again.
+
+use super::StoreError;
+use async_trait::async_trait;
+use kms_hsm::CheckValue;
+use std::fmt::Debug;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// Every method that changes something has done so durably when it returns. None removes anything.
+#[async_trait]
+pub trait Custody: Send + Sync + Debug {
+    /// Every version of every key, pending ones too: what the HSM is compared with.
+    async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError>;
+    /// Keeps the check value of `version`, for good.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such version, or it has another check value.
+    async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError>;
+    /// The serial number of the token in which the versions were seen last.
+    async fn token_serial(&self) -> Result<Option<String>, StoreError>;
+    async fn keep_token_serial(&self, serial: &str) -> Result<(), StoreError>;
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownVersion {
+    pub instance: Uuid,
+    pub key: Uuid,
+    pub version: Uuid,
+    /// Its making was begun and not completed: nothing was wrapped with it.
+    pub pending: bool,
+    pub created_at: OffsetDateTime,
+    /// `None` for versions of older servers that no newer one has seen in the HSM yet.
+    pub check_value: Option<CheckValue>,
+}

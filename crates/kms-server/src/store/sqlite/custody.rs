@@ -1,0 +1,68 @@
+//! Check values, and the token they were seen in.
+
+use super::rows::{stamp, uuid};
+use super::{SqliteStore, expect_one};
+use crate::store::{Custody, KnownVersion, StoreError};
+use async_trait::async_trait;
+use kms_hsm::CheckValue;
+use sqlx::Row;
+use sqlx::sqlite::SqliteRow;
+use uuid::Uuid;
+
+#[async_trait]
+impl Custody for SqliteStore {
+    async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError> {
+        let rows = sqlx::query(
+            "SELECT k.instance_id, k.id AS key_id, v.id, v.number IS NULL AS pending,
+                    v.created_at, v.check_value
+             FROM key_versions v JOIN keys k ON k.id = v.key_id
+             ORDER BY k.instance_id, k.id, v.created_at, v.id",
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        rows.iter().map(known_version).collect()
+    }
+
+    async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError> {
+        let done = sqlx::query(
+            "UPDATE key_versions SET check_value = ?1
+             WHERE id = ?2 AND (check_value IS NULL OR check_value = ?1)",
+        )
+        .bind(value.as_slice())
+        .bind(version.to_string())
+        .execute(&self.pool)
+        .await?;
+        expect_one(done.rows_affected(), "the version does not exist or has another check value")
+    }
+
+    async fn token_serial(&self) -> Result<Option<String>, StoreError> {
+        let row = sqlx::query("SELECT serial FROM token").fetch_optional(&self.pool).await?;
+        Ok(row.map(|row| row.try_get("serial")).transpose()?)
+    }
+
+    async fn keep_token_serial(&self, serial: &str) -> Result<(), StoreError> {
+        sqlx::query(
+            "INSERT INTO token (one, serial) VALUES (1, ?)
+             ON CONFLICT (one) DO UPDATE SET serial = excluded.serial",
+        )
+        .bind(serial)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+}
+
+fn known_version(row: &SqliteRow) -> Result<KnownVersion, StoreError> {
+    let version = uuid(row, "id")?;
+    let value: Option<Vec<u8>> = row.try_get("check_value")?;
+    let value = value.map(CheckValue::try_from).transpose();
+    Ok(KnownVersion {
+        instance: uuid(row, "instance_id")?,
+        key: uuid(row, "key_id")?,
+        version,
+        pending: row.try_get("pending")?,
+        created_at: stamp(row, "created_at")?,
+        check_value: value
+            .map_err(|_| StoreError::Corrupt(format!("the check value of {version}")))?,
+    })
+}

@@ -1,0 +1,288 @@
+//! The real binary on a real token: SoftHSM2 behind the module that injects faults, in one folder that can be copied.
+
+use super::http::{Answer, try_ask};
+use super::{make_certificates, new_key};
+use pkcs11_shim::Control;
+use serde_json::{Value, json};
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+
+const LIBRARIES: [&str; 3] = [
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
+];
+
+/// One host: configuration, database, audit log, token.
+pub(crate) struct Rig {
+    pub(crate) dir: TempDir,
+    pub(crate) control: Control,
+    library: PathBuf,
+    addresses: [SocketAddr; 3],
+    pub(crate) instance: String,
+    pub(crate) api_key: String,
+    child: Option<Child>,
+}
+
+impl Rig {
+    /// Initialised and not started. `None`, with a notice, where SoftHSM2 is not installed; fails where `CI=true`.
+    pub(crate) fn make() -> Option<Rig> {
+        let mut rig = Rig::bare()?;
+        let made = rig.run(&["init", "-o", "json"]);
+        assert!(made.status.success(), "{}", stderr(&made));
+        let made: Value = serde_json::from_slice(&made.stdout).unwrap();
+        rig.instance = made["instance_id"].as_str().unwrap().to_owned();
+        rig.api_key = made["admin"]["api_key"].as_str().unwrap().to_owned();
+        Some(rig)
+    }
+
+    /// A host with nothing on it.
+    pub(crate) fn bare() -> Option<Rig> {
+        let Some(library) = LIBRARIES.iter().map(PathBuf::from).find(|path| path.is_file()) else {
+            assert_ne!(std::env::var("CI").as_deref(), Ok("true"), "apt-get install softhsm2");
+            eprintln!("skipped, no SoftHSM2: apt-get install softhsm2");
+            return None;
+        };
+        let dir = TempDir::new().unwrap();
+        make_certificates(dir.path());
+        let tokens = dir.path().join("tokens");
+        fs::create_dir(&tokens).unwrap();
+        let text = format!("directories.tokendir = {}\nlog.level = ERROR\n", tokens.display());
+        fs::write(dir.path().join("softhsm2.conf"), text).unwrap();
+        fs::write(dir.path().join("so-pin"), "31415926").unwrap();
+        let addresses = free_addresses();
+        let control = Control::new(&dir.path().join("control"));
+        let (instance, api_key) = (String::new(), String::new());
+        let rig = Rig { dir, control, library, addresses, instance, api_key, child: None };
+        rig.configure("process");
+        Some(rig)
+    }
+
+    /// `none`: the library, and what is injected into it, is in the server itself.
+    pub(crate) fn configure(&self, isolation: &str) {
+        let (dir, [keys, tokens, health]) = (self.dir.path().display(), self.addresses);
+        let library = pkcs11_shim::library().unwrap();
+        let text = format!(
+            "SERVER_CONFIG:\n  KEYS_ADDRESS: \"{keys}\"\n  TOKENS_ADDRESS: \"{tokens}\"\n  \
+             HEALTH_ADDRESS: \"{health}\"\n  TLS_CERT_FILE: \"{dir}/tls.crt\"\n  \
+             TLS_KEY_FILE: \"{dir}/tls.key\"\n  DATABASE_URL: \"sqlite://{dir}/kms.db\"\n  \
+             AUDIT_FILE: \"{dir}/audit.log\"\n  MAX_RATE_PER_INSTANCE: 0\n\
+             HSM:\n  PKCS11_LIBRARY: \"{}\"\n  TOKEN_LABEL: \"rig\"\n  PIN: \"582910\"\n  \
+             SO_PIN_FILE: \"{dir}/so-pin\"\n  ISOLATION: \"{isolation}\"\n",
+            library.display()
+        );
+        fs::write(self.config(), text).unwrap();
+    }
+
+    /// A token of the right name with nothing in it.
+    pub(crate) fn make_empty_token(&self) {
+        let made = Command::new("softhsm2-util")
+            .args(["--init-token", "--free", "--label", "rig", "--pin", "582910"])
+            .args(["--so-pin", "31415926"])
+            .env("SOFTHSM2_CONF", self.dir.path().join("softhsm2.conf"))
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", stderr(&made));
+    }
+
+    /// A command of the binary, to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// What `check` finds, and how it ends.
+    pub(crate) fn check(&self) -> (i32, Value) {
+        let done = self.run(&["check", "-o", "json"]);
+        let found = serde_json::from_slice(&done.stdout);
+        (done.status.code().unwrap(), found.unwrap_or_else(|_| panic!("{}", stderr(&done))))
+    }
+
+    /// Starts the server and waits until it is ready.
+    pub(crate) async fn start(&mut self) {
+        self.spawn();
+        let mut last = String::new();
+        for _ in 0..3000 {
+            last = self.readiness().await;
+            if last.contains("200 OK") {
+                return;
+            }
+            assert!(self.child.as_mut().unwrap().try_wait().unwrap().is_none(), "{}", self.log());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("never ready: {last}\n{}", self.log());
+    }
+
+    pub(crate) fn spawn(&mut self) {
+        let log = fs::File::create(self.dir.path().join("log")).unwrap();
+        let mut command = self.command(&[]);
+        command.stdout(Stdio::null()).stderr(log).process_group(0);
+        self.child = Some(command.spawn().unwrap());
+    }
+
+    pub(crate) async fn readiness(&self) -> String {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let asked = async {
+            let mut stream = tokio::net::TcpStream::connect(self.addresses[2]).await?;
+            stream.write_all(b"GET /readyz HTTP/1.0\r\nhost: x\r\n\r\n").await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            std::io::Result::Ok(answer)
+        };
+        asked.await.unwrap_or_default()
+    }
+
+    /// SIGKILL, unless it is dead already; returns once it is.
+    pub(crate) fn kill(&mut self) {
+        let mut child = self.child.take().unwrap();
+        let _ = child.kill();
+        child.wait().unwrap();
+    }
+
+    /// Whether it has died by itself, within a second.
+    pub(crate) async fn died(&mut self) -> bool {
+        for _ in 0..200 {
+            if self.child.as_mut().unwrap().try_wait().unwrap().is_some() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        false
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().unwrap().id()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        let [keys, tokens, _] = self.addresses;
+        let ca = self.dir.path().join("ca.crt");
+        Client { keys, tokens, ca, instance: self.instance.clone(), token: String::new() }
+    }
+
+    /// A client that is logged in as the administrator.
+    pub(crate) async fn admin(&self) -> Client {
+        let mut client = self.client();
+        client.log_in(&self.api_key).await.unwrap();
+        client
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.path().join("kms-server.yaml")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kms-server"));
+        command
+            .args(arguments)
+            .arg("--config")
+            .arg(self.config())
+            .env("SOFTHSM2_CONF", self.dir.path().join("softhsm2.conf"))
+            .env(pkcs11_shim::MODULE, &self.library)
+            .env(pkcs11_shim::CONTROL, self.dir.path().join("control"))
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        if self.child.is_some() {
+            self.kill();
+        }
+    }
+}
+
+/// Whose server may be gone at any moment: then there is no answer.
+#[derive(Clone)]
+pub(crate) struct Client {
+    keys: SocketAddr,
+    tokens: SocketAddr,
+    ca: PathBuf,
+    instance: String,
+    token: String,
+}
+
+impl Client {
+    pub(crate) async fn log_in(&mut self, api_key: &str) -> Option<u16> {
+        let form = format!(
+            "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={api_key}&response_type=cloud_iam"
+        );
+        let headers = [("content-type", "application/x-www-form-urlencoded")];
+        let answer = try_ask(self.tokens, &self.ca, "POST", "/oidc/token", &headers, &form).await?;
+        if answer.status == 200 {
+            self.token = answer.json()["access_token"].as_str().unwrap().to_owned();
+        }
+        Some(answer.status)
+    }
+
+    pub(crate) async fn call(&self, method: &str, path: &str, body: &str) -> Option<Answer> {
+        let bearer = format!("Bearer {}", self.token);
+        let headers = [("authorization", bearer.as_str()), ("icp-instance", &self.instance)];
+        let path = format!("/api/v2/keys{path}");
+        try_ask(self.keys, &self.ca, method, &path, &headers, body).await
+    }
+
+    pub(crate) async fn create(&self, name: &str) -> Option<String> {
+        let made = self.call("POST", "", &new_key(name)).await?;
+        assert_eq!(made.status, 201, "{made:?}");
+        Some(made.json()["resources"][0]["id"].as_str().unwrap().to_owned())
+    }
+
+    pub(crate) async fn wrap(&self, key: &str, plaintext: &str) -> Option<Answer> {
+        let body = json!({ "plaintext": plaintext }).to_string();
+        self.call("POST", &format!("/{key}/actions/wrap"), &body).await
+    }
+
+    pub(crate) async fn unwrap(&self, key: &str, wdek: &str) -> Option<Answer> {
+        let body = json!({ "ciphertext": wdek }).to_string();
+        self.call("POST", &format!("/{key}/actions/unwrap"), &body).await
+    }
+
+    pub(crate) async fn create_api_key(&self) -> Option<String> {
+        let bearer = format!("Bearer {}", self.token);
+        let headers = [("authorization", bearer.as_str())];
+        let listed =
+            try_ask(self.tokens, &self.ca, "GET", "/v1/apikeys", &headers, "").await?.json();
+        let owner = listed["apikeys"][0]["service_id"].clone();
+        let body = json!({"name": "made under fire", "service_id": owner}).to_string();
+        let made = try_ask(self.tokens, &self.ca, "POST", "/v1/apikeys", &headers, &body).await?;
+        assert_eq!(made.status, 201, "{made:?}");
+        Some(made.json()["apikey"].as_str().unwrap().to_owned())
+    }
+}
+
+/// Everything below `from`, as the backup of a token's folder is.
+pub(crate) fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let (entry, target) =
+            (entry.as_ref().unwrap(), to.join(entry.as_ref().unwrap().file_name()));
+        match entry.file_type().unwrap().is_dir() {
+            true => copy_folder(&entry.path(), &target),
+            false => drop(fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn free_addresses() -> [SocketAddr; 3] {
+    // All at once, so that they differ.
+    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    listeners.each_ref().map(|listener| listener.local_addr().unwrap())
+}

@@ -1,0 +1,323 @@
+//! `kmsctl audit`: on files as kms-server writes them, and as somebody left them who should not have.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Output, Stdio};
+
+use aws_lc_rs::rand::SystemRandom;
+use aws_lc_rs::rsa::{KeyPair, KeySize};
+use aws_lc_rs::signature::{KeyPair as _, RSA_PKCS1_SHA256};
+use kms_core::audit::anchor::{Anchor, PublicKey, Statement};
+use kms_core::audit::{Content, Event, Link};
+use serde_json::Value;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::program::{kmsctl, run, stderr, stdout};
+
+/// The logs of two servers: one with a rotated file and anchors, one with a single file.
+struct Logs {
+    folder: TempDir,
+    key: KeyPair,
+}
+
+struct Node<'l> {
+    logs: &'l Logs,
+    name: &'static str,
+    link: Link,
+    bytes: Vec<u8>,
+}
+
+impl Logs {
+    fn new() -> Logs {
+        let logs = Logs {
+            folder: TempDir::new().unwrap(),
+            key: KeyPair::generate(KeySize::Rsa2048).unwrap(),
+        };
+        // PKCS#1: SEQUENCE { INTEGER 0 ‖ modulus of 256 bytes, INTEGER 65537 }.
+        let der = logs.key.public_key().as_ref();
+        let public = PublicKey::from_parts(&der[9..265], &der[267..]).unwrap();
+        fs::write(logs.path("audit.pem"), public.pem()).unwrap();
+        let mut node = logs.node("one");
+        node.records(1..=30);
+        node.anchor();
+        node.end_file("one.log.1");
+        node.records(31..=60);
+        node.anchor();
+        node.end_file("one.log");
+        let mut node = logs.node("two");
+        node.records(1..=5);
+        node.anchor();
+        node.end_file("two.log");
+        logs
+    }
+
+    fn node(&self, name: &'static str) -> Node<'_> {
+        Node { logs: self, name, link: Link::start(), bytes: Vec::new() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn change(&self, name: &str, change: impl FnOnce(String) -> String) {
+        let text = fs::read_to_string(self.path(name)).unwrap();
+        fs::write(self.path(name), change(text)).unwrap();
+    }
+
+    /// Names of files become their paths.
+    async fn audit(&self, arguments: &[&str]) -> Output {
+        run(self.command(arguments), "").await
+    }
+
+    fn command(&self, arguments: &[&str]) -> std::process::Command {
+        let mut command = kmsctl(&["audit"]);
+        command.args(arguments).current_dir(self.folder.path());
+        command
+    }
+}
+
+impl Node<'_> {
+    fn add(&mut self, content: &Content<'_>) {
+        let (line, link) = self.link.extend(content).unwrap();
+        self.bytes.extend(line);
+        self.link = link;
+    }
+
+    fn records(&mut self, numbers: std::ops::RangeInclusive<u32>) {
+        for n in numbers {
+            self.add(&Content::Event(Event {
+                node: self.name.into(),
+                at: format!("2026-01-01T00:{n:02}:00Z").into(),
+                action: if n % 2 == 0 { "wrap" } else { "unwrap" }.into(),
+                outcome: if n % 10 == 0 { "KEY_NOT_FOUND_ERR" } else { "done" }.into(),
+                caller: Some(format!("iam-ServiceId-{}", n % 3).into()),
+                target: Some(Uuid::from_u128(u128::from(n % 4))),
+                correlation: Some(format!("uid-{n}").into()),
+                ..Event::default()
+            }));
+        }
+    }
+
+    fn anchor(&mut self) {
+        let at = "2026-01-01T01:00:00Z";
+        let key = &self.logs.key;
+        let statement = Statement { node: self.name, at, head: self.link, key: Uuid::from_u128(9) };
+        let mut signature = vec![0; key.public_modulus_len()];
+        key.sign(
+            &RSA_PKCS1_SHA256,
+            &SystemRandom::new(),
+            &statement.signed_bytes(),
+            &mut signature,
+        )
+        .unwrap();
+        self.add(&Content::Anchor(Anchor::new(&statement, signature)));
+    }
+
+    fn end_file(&mut self, name: &str) {
+        let last = self.bytes.split_inclusive(|byte| *byte == b'\n').next_back().unwrap();
+        fs::write(self.logs.path(&format!("{}.anchor", self.name)), last).unwrap();
+        fs::write(self.logs.path(name), std::mem::take(&mut self.bytes)).unwrap();
+    }
+}
+
+/// All there is, in no order.
+const ALL: [&str; 10] = [
+    "verify",
+    "one.log",
+    "two.log",
+    "one.log.1",
+    "--key",
+    "audit.pem",
+    "--anchor",
+    "one.anchor",
+    "--anchor",
+    "two.anchor",
+];
+
+#[tokio::test]
+async fn logs_of_several_servers_and_files_are_sound() {
+    let logs = Logs::new();
+    let output = logs.audit(&ALL).await;
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(
+        stdout(&output),
+        "node one: records 1 to 62 in 2 files, signed up to record 61 at 2026-01-01T01:00:00Z\n\
+         node two: records 1 to 6 in 1 file, signed up to record 5 at 2026-01-01T01:00:00Z\n"
+    );
+    let json = logs.audit(&[&ALL[..], &["-o", "json"]].concat()).await;
+    let json: Value = serde_json::from_str(stdout(&json)).unwrap();
+    assert_eq!((&json["sound"], &json["signatures"]), (&true.into(), &true.into()));
+    assert_eq!(json["chains"][0]["files"], serde_json::json!(["one.log.1", "one.log"]));
+    assert_eq!(json["chains"][0]["anchored"], 61);
+    let unsigned = logs.audit(&["verify", "two.log", "--first", "1"]).await;
+    assert!(stdout(&unsigned).ends_with("1 anchors, not checked: give --key\n"));
+}
+
+#[tokio::test]
+async fn tampering_is_told_with_file_line_and_record() {
+    let logs = Logs::new();
+    let drop_second = |text: String| {
+        let kept = text.lines().enumerate().filter(|(n, _)| *n != 1).map(|(_, line)| line);
+        kept.collect::<Vec<_>>().join("\n") + "\n"
+    };
+    logs.change("one.log", drop_second);
+    logs.change("two.log", |text| text.replacen("uid-3", "uid-4", 1));
+    let output = logs.audit(&ALL).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = stdout(&output);
+    for wanted in [
+        "one.log: line 2, record 34: record 33 is missing before this record\n",
+        "two.log: line 4, record 4: this record does not follow from the one before it: record 3 was changed",
+        "two.log: line 6, record 6: ",
+    ] {
+        assert_eq!(said.contains(wanted), !wanted.ends_with("6: "), "{wanted} in {said}");
+    }
+    assert!(stderr(&output).contains("2 findings"), "{}", stderr(&output));
+
+    let json = logs.audit(&[&ALL[..], &["-o", "json"]].concat()).await;
+    let json: Value = serde_json::from_str(stdout(&json)).unwrap();
+    let first = &json["findings"][0];
+    assert_eq!((&json["sound"], &json["found"]), (&false.into(), &2.into()));
+    assert_eq!(
+        (&first["file"], &first["line"], &first["sequence"]),
+        (&"one.log".into(), &2.into(), &34.into())
+    );
+}
+
+#[tokio::test]
+async fn a_missing_end_and_a_missing_file_are_seen_against_the_anchor_kept_elsewhere() {
+    let logs = Logs::new();
+    logs.change("one.log", |text| text.lines().take(10).map(|line| format!("{line}\n")).collect());
+    let output = logs.audit(&ALL).await;
+    assert_eq!(output.status.code(), Some(1));
+    let said = stdout(&output);
+    assert!(said.contains("one.log: end: records 42 to 61 are missing at the end"), "{said}");
+    let gone = ["verify", "one.log.1", "--anchor", "two.anchor", "--key", "audit.pem"];
+    let output = logs.audit(&gone).await;
+    assert!(stdout(&output).contains("no file: records 1 to 5 are missing"), "{output:?}");
+    let between = logs.audit(&["verify", "one.log", "--first", "20"]).await;
+    assert!(stdout(&between).contains("records 20 to 31 are missing before this record"));
+}
+
+#[tokio::test]
+async fn what_cannot_be_found_out_is_no_outcome() {
+    let logs = Logs::new();
+    fs::write(logs.path("junk"), "junk\n").unwrap();
+    for (arguments, says) in [
+        (&["verify", "absent.log"][..], "absent.log: "),
+        (&["verify", "one.log", "--key", "junk"], "junk: it is not a PEM file"),
+        (&["verify", "one.log", "--anchor", "junk"], "junk: a line is not an anchor"),
+        (&["verify", "one.log", "-"], "standard input is looked at alone"),
+        (&["verify", "one.log", "--first", "0"], "--first"),
+        (&["verify"], "required"),
+    ] {
+        let output = logs.audit(arguments).await;
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(stderr(&output).contains(says), "{says} is not in {}", stderr(&output));
+    }
+    let other = Logs::new();
+    fs::copy(other.path("audit.pem"), logs.path("other.pem")).unwrap();
+    let output =
+        logs.audit(&["verify", "one.log", "--key", "other.pem", "--anchor", "one.anchor"]).await;
+    assert_eq!(output.status.code(), Some(2), "a forged anchor proves nothing");
+    let output = logs.audit(&["verify", "one.log", "--key", "other.pem"]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stdout(&output).contains("not signed by the key"), "{}", stdout(&output));
+}
+
+#[tokio::test]
+async fn standard_input_takes_the_place_of_files() {
+    let logs = Logs::new();
+    let text = fs::read_to_string(logs.path("one.log.1")).unwrap()
+        + &fs::read_to_string(logs.path("one.log")).unwrap();
+    let arguments = ["verify", "-", "--first", "1", "--key", "audit.pem", "--anchor", "one.anchor"];
+    let output = run(logs.command(&arguments), &text).await;
+    assert_eq!(output.status.code(), Some(0), "{}", stdout(&output));
+    let output = run(logs.command(&["query", "-", "--uid", "uid-7"]), &text).await;
+    assert!(stdout(&output).contains("uid uid-7\n"));
+}
+
+#[tokio::test]
+async fn records_are_found_by_each_of_their_members() {
+    let logs = Logs::new();
+    let files = ["query", "one.log.1", "one.log", "-o", "json"];
+    let count = async |filter: &[&str]| {
+        let output = logs.audit(&[&files[..], filter].concat()).await;
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        serde_json::from_str::<Value>(stdout(&output)).unwrap().as_array().unwrap().len()
+    };
+    let key = Uuid::from_u128(2).to_string();
+    for (filter, expected) in [
+        (&[][..], 62),
+        (&["--action", "wrap"], 30),
+        (&["--action", "anchor"], 2),
+        (&["--outcome", "refused"], 6),
+        (&["--outcome", "KEY_NOT_FOUND_ERR"], 6),
+        (&["--outcome", "done"], 54),
+        (&["--who", "ServiceId-1"], 20),
+        (&["--key", &key], 15),
+        (&["--uid", "uid-33"], 1),
+        (&["--since", "2026-01-01T00:31:00Z", "--until", "2026-01-01T00:40:00.5Z"], 10),
+        (&["--action", "wrap", "--who", "ServiceId-2", "--outcome", "refused"], 2),
+        (&["--node", "two"], 0),
+        (&["--since", "1h"], 0),
+    ] {
+        assert_eq!(count(filter).await, expected, "{filter:?}");
+    }
+    let table = logs.audit(&["query", "one.log", "--uid", "uid-33"]).await;
+    assert_eq!(
+        stdout(&table),
+        "TIME                            SEQ  NODE          ACTION            OUTCOME           DETAILS\n\
+         2026-01-01T00:33:00Z             34  one           unwrap            done              \
+         by iam-ServiceId-0  on 00000000-0000-0000-0000-000000000001  uid uid-33\n"
+    );
+    logs.change("one.log", |text| format!("junk\n{text}"));
+    let output = logs.audit(&["query", "one.log", "--uid", "uid-33"]).await;
+    assert!(stderr(&output).contains("1 lines are no audit records"), "{}", stderr(&output));
+    assert_eq!(logs.audit(&["query", "one.log", "--since", "soon"]).await.status.code(), Some(2));
+}
+
+#[tokio::test]
+async fn the_last_records_are_shown_and_those_that_come_also_behind_a_rotation() {
+    let logs = Logs::new();
+    let last = logs.audit(&["tail", "-n", "3", "one.log"]).await;
+    let uids: Vec<_> =
+        stdout(&last).lines().map(|line| line.rsplit("  ").next().unwrap()).collect();
+    assert_eq!(uids[..2], ["uid uid-59", "uid uid-60"]);
+    assert!(uids[2].starts_with("covers all up to 61, key "), "{uids:?}");
+    let all = logs.audit(&["tail", "-n", "1000", "one.log", "-o", "json"]).await;
+    assert_eq!(stdout(&all), fs::read_to_string(logs.path("one.log")).unwrap());
+
+    let mut command = logs.command(&["tail", "-f", "-n", "0", "one.log"]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut shown = BufReader::new(child.stdout.take().unwrap()).lines();
+    let append = |name: &str, uid: u32| {
+        let mut node = logs.node("one");
+        node.records(uid..=uid);
+        let mut file =
+            fs::OpenOptions::new().append(true).create(true).open(logs.path(name)).unwrap();
+        file.write_all(&node.bytes).unwrap();
+    };
+    // The first is seen once the program has begun to look; it is written until then.
+    let (sender, seen) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        while let Some(Ok(line)) = shown.next() {
+            sender.send(line).unwrap();
+        }
+    });
+    let wait = std::time::Duration::from_millis(300);
+    let first = (0..100).find_map(|_| {
+        append("one.log", 41);
+        seen.recv_timeout(wait).ok()
+    });
+    assert!(first.unwrap().ends_with("uid uid-41"));
+    fs::rename(logs.path("one.log"), logs.path("one.log.2")).unwrap();
+    append("one.log", 42);
+    let after = std::iter::repeat_with(|| seen.recv_timeout(wait * 30).unwrap());
+    assert!(after.take(100).any(|line| line.ends_with("uid uid-42")));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    reader.join().unwrap();
+}

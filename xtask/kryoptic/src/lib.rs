@@ -1,0 +1,1 @@
+//! Nothing: this package only says how its dependency is built.
