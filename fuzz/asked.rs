@@ -32,7 +32,7 @@ const PIPE: usize = 256 * 1024;
 /// So many requests later, what they left behind is thrown away with the service.
 const LIFE: u32 = 20_000;
 const NEW_KEY: &str = r#"{"metadata":{"collectionType":"application/vnd.ibm.kms.key+json","collectionTotal":1},
-    "resources":[{"type":"application/vnd.ibm.kms.key+json","name":"k","extractable":false}]}"#;
+    "resources":[{"type":"application/vnd.ibm.kms.key+json","name":"key","extractable":false}]}"#;
 
 pub struct Asked {
     runtime: Runtime,
@@ -77,7 +77,7 @@ impl Asked {
         let (headers, len) = (&asked.headers, NEW_KEY.len());
         let head = format!("POST /api/v2/keys HTTP/1.1\r\n{headers}\r\ncontent-length: {len}\r\n\r\n");
         let made = json(&asked.keys(format!("{head}{NEW_KEY}").as_bytes()));
-        asked.key = made["resources"][0]["id"].as_str().expect("a key").to_owned();
+        asked.key = made["resources"][0]["id"].as_str().unwrap_or_else(|| panic!("no key but {made}")).to_owned();
         asked
     }
 

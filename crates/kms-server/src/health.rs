@@ -22,7 +22,6 @@ pub struct Parts {
 
 impl Parts {
     /// In the order in which they are shown.
-    #[must_use]
     pub fn named(&self) -> [(&'static str, &Result<(), String>); 4] {
         [
             ("database", &self.database),

@@ -75,7 +75,7 @@ impl Collector for HsmMetrics {
 
 fn histogram(mut encoder: MetricEncoder<'_>, times: &Times) -> fmt::Result {
     let ends = BOUNDS.iter().map(|micros| Duration::from_micros(*micros).as_secs_f64());
-    let buckets: Vec<(f64, u64)> = ends.chain([f64::MAX]).zip(times.counts).collect();
+    let buckets: Vec<(f64, u64)> = ends.chain([f64::INFINITY]).zip(times.counts).collect();
     let count = times.counts.iter().sum();
     encoder.encode_histogram::<NoLabelSet>(times.sum.as_secs_f64(), count, &buckets, None)
 }

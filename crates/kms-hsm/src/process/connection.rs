@@ -6,6 +6,7 @@ use crate::pkcs11::Pin;
 use crate::vault::VaultError;
 use kms_core::secret::SecretText;
 use std::collections::HashMap;
+use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -89,8 +90,11 @@ impl Connection {
             waiting.callers.insert(number, Caller::Here(here));
         }
         let _leaving = Leaving { connection: self, number };
-        socket::deliver(&self.end, &packet).await.map_err(|_| Lost)?;
-        answered.await.map_err(|_| Lost)
+        match socket::deliver(&self.end, &packet).await {
+            Ok(()) => answered.await.map_err(|_| Lost),
+            Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset) => Err(Lost),
+            Err(error) => Ok(Err(VaultError::Unavailable { cause: error.to_string() })),
+        }
     }
 
     /// Hands answers to those who wait, until the worker is gone; returns how that looked.

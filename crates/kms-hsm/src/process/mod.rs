@@ -156,7 +156,7 @@ impl Shared {
     async fn ask(&self, call: Call) -> Result<Answer, VaultError> {
         let mut again = call.may_repeat();
         loop {
-            let worker = self.worker().await?;
+            let (number, worker) = self.worker().await?;
             match worker.ask(&call).await {
                 Ok(Err(VaultError::Credential(why))) => {
                     // The next worker must not try it again.
@@ -164,18 +164,22 @@ impl Shared {
                     return Err(VaultError::Credential(why));
                 }
                 Ok(answer) => return answer,
-                Err(Lost) if again => again = false,
+                Err(Lost) if again => {
+                    again = false;
+                    // Its end may not have been heard yet: the next one must be another.
+                    self.lost(number);
+                }
                 Err(Lost) => return Err(lost()),
             }
         }
     }
 
-    async fn worker(&self) -> Result<Arc<Connection>, VaultError> {
+    async fn worker(&self) -> Result<(u64, Arc<Connection>), VaultError> {
         let mut state = self.state.subscribe();
         // The sender lives in self, so the wait cannot fail.
         let state = state.wait_for(|state| !matches!(state, State::Restarting)).await;
         match state.as_deref() {
-            Ok(State::Up(_, connection)) => Ok(connection.clone()),
+            Ok(State::Up(number, connection)) => Ok((*number, connection.clone())),
             Ok(State::Down(cause)) => Err(VaultError::Unavailable { cause: cause.clone() }),
             Ok(State::Refused(cause)) => Err(VaultError::Credential(cause.clone())),
             Ok(State::Restarting | State::Closed) | Err(_) => {

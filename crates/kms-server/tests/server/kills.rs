@@ -108,7 +108,7 @@ async fn s2_nothing_acknowledged_is_lost_wherever_the_server_is_killed() {
         let whole = round % 20 == 19 || round + 1 == rounds;
         examine(&mut rig, &mut ledger, whole, &told).await;
     }
-    assert!(ledger.acknowledged > rounds, "{} is hardly any load", ledger.acknowledged);
+    assert!(ledger.acknowledged > rounds / 2, "{} is hardly any load", ledger.acknowledged);
     eprintln!(
         "{rounds} rounds, {} killed in the middle, {} calls acknowledged, {} keys, {} left over",
         ledger.killed,
@@ -144,7 +144,8 @@ async fn kill_at(rig: &mut Rig, ledger: &mut Ledger, verb: Verb, point: Point, r
             rig.kill();
             ledger.killed += 1;
             for worker in workers {
-                let (keys, acknowledged) = worker.await.unwrap();
+                let done = worker.await;
+                let (keys, acknowledged) = done.unwrap_or_else(|e| panic!("{e}\n{}", rig.log()));
                 ledger.keys.extend(keys);
                 ledger.acknowledged += acknowledged;
             }

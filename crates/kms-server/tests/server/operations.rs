@@ -1,7 +1,7 @@
 //! What an operator sees and turns: certificates that are renewed while the server runs, limits, and what the health
 //! port says.
 
-use crate::harness::{Server, faulty_store, http, make_certificates, new_key};
+use crate::harness::{Server, http, make_certificates};
 use kms_hsm::VaultError;
 use kms_hsm::memory::Fault;
 use kms_server::limits::Settings;
@@ -198,35 +198,6 @@ async fn an_instance_with_too_many_requests_is_told_when_to_come_again() {
     assert!(metrics.contains(sample), "{metrics}");
     server.clock.advance(Duration::from_secs(1));
     assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 200);
-}
-
-#[tokio::test]
-async fn requests_beyond_the_limit_are_refused_at_once_and_the_others_answered() {
-    let server = Server::start_limited(Settings {
-        requests: 2,
-        rate_per_instance: 0,
-        ..Settings::default()
-    })
-    .await;
-    let token = server.admin().await;
-    server.store.set_fault(Some(faulty_store::Fault::Hold(faulty_store::Step::BeginKey)));
-    let body = new_key("slow");
-    let slow = || server.call(&token, "POST", "/keys", &body);
-    let both = async { tokio::join!(slow(), slow()) };
-    tokio::pin!(both);
-    let refused = loop {
-        tokio::select! {
-            _ = &mut both => panic!("the database holds them"),
-            answer = server.call(&token, "GET", "/keys", "") => {
-                if answer.status != 200 {
-                    break answer;
-                }
-            }
-        }
-    };
-    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("2")), "{refused:?}");
-    assert!(refused.message().contains("OVERLOADED_ERR"), "{refused:?}");
-    server.store.set_fault(None);
 }
 
 #[tokio::test]

@@ -70,7 +70,7 @@ async fn a_configuration_is_checked_without_starting_anything() {
     std::fs::write(&file, bad).unwrap();
     let refused = run(&check);
     assert!(!refused.status.success());
-    for said in ["did you mean TLS_KEY_FILE?", "TLS_KEY_FILE is missing", "HSM.PIN is empty"] {
+    for said in ["did you mean TLS_KEY_FILE?", "TLS_KEY_FILE is missing", "HSM.PIN is missing"] {
         assert!(stderr(&refused).contains(said), "{said:?} is not in {}", stderr(&refused));
     }
 

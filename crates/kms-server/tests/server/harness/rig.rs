@@ -237,6 +237,11 @@ impl Client {
 
     pub(crate) async fn create(&self, name: &str) -> Option<String> {
         let made = self.call("POST", "", &new_key(name)).await?;
+        if made.status >= 500 {
+            // Refused is not acknowledged: the HSM may have been too busy.
+            eprintln!("{name} was refused: {made:?}");
+            return None;
+        }
         assert_eq!(made.status, 201, "{made:?}");
         Some(made.json()["resources"][0]["id"].as_str().unwrap().to_owned())
     }
