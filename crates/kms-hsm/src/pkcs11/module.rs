@@ -88,6 +88,14 @@ impl Module {
         Ok(tokens)
     }
 
+    /// Whether objects may not be looked for while one is made. SoftHSM 2.6 re-reads every object's
+    /// file in a search, also one that another session is half-way through writing; C_GenerateKey
+    /// then fails with CKR_GENERAL_ERROR or CKR_TEMPLATE_INCONSISTENT.
+    pub(super) fn by_turns(&self, token: &Token) -> Result<bool, Fault> {
+        let info = self.context.get_token_info(Slot::try_from(token.slot)?)?;
+        Ok(info.manufacturer_id().starts_with("SoftHSM"))
+    }
+
     /// Opens up to `wanted` read-write sessions, and logs in. There is at least one.
     pub(super) fn sessions(
         &self,

@@ -145,7 +145,7 @@ pub(super) fn signing_key(seat: &Seat, id: Uuid) -> Result<RsaPublic, Fault> {
         [Ok(public), Ok(private)] => {
             seat.forget(id);
             for half in public.into_iter().chain(private) {
-                seat.session().destroy_object(half)?;
+                seat.destroy_object(half)?;
             }
             generate_pair(seat, id)
         }
@@ -203,7 +203,8 @@ fn generate(seat: &Seat, id: Uuid, kind: Kind, len: u64) -> Result<(), Fault> {
     };
     let mut template = kind.template(id);
     template.push(Attribute::ValueLen(Ulong::from(len)));
-    let key = timed(Function::GenerateKey, || seat.session().generate_key(&mechanism, &template))?;
+    let key =
+        seat.change(Function::GenerateKey, |session| session.generate_key(&mechanism, &template))?;
     template.extend(keys::made_inside());
     keys::check(seat.session(), key, &template)
 }
@@ -212,17 +213,19 @@ fn generate(seat: &Seat, id: Uuid, kind: Kind, len: u64) -> Result<(), Fault> {
 /// is an object only inside. SHA-1 in OAEP because SoftHSM knows no other; OAEP does not rest on
 /// collision resistance.
 fn import(seat: &Seat, id: Uuid, material: &SecretBytes) -> Result<(), Fault> {
-    let session = seat.session();
     let (public, private) = keys::transport_pair();
-    let (public, private) =
-        session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &public, &private)?;
+    let (public, private) = generate_key_pair(seat, &public, &private)?;
     let template = Kind::Root.template(id);
     let imported = public_numbers(seat, public)
         .and_then(|numbers| pack(&numbers, material))
-        .and_then(|parcel| Ok(session.unwrap_key(&oaep(), private, &parcel, &template)?));
-    session.destroy_object(private)?;
-    session.destroy_object(public)?;
-    keys::check(session, imported?, &template)
+        .and_then(|parcel| {
+            seat.change(Function::UnwrapKey, |session| {
+                session.unwrap_key(&oaep(), private, &parcel, &template)
+            })
+        });
+    seat.destroy_object(private)?;
+    seat.destroy_object(public)?;
+    keys::check(seat.session(), imported?, &template)
 }
 
 fn oaep() -> Mechanism<'static> {
@@ -250,17 +253,23 @@ fn pack(public: &RsaPublic, material: &SecretBytes) -> Result<Vec<u8>, Fault> {
 fn generate_pair(seat: &Seat, id: Uuid) -> Result<RsaPublic, Fault> {
     let mut template = Kind::Verifying.template(id);
     template.extend(keys::rsa_length());
-    let (public, private) = seat.session().generate_key_pair(
-        &Mechanism::RsaPkcsKeyPairGen,
-        &template,
-        &Kind::Signing.template(id),
-    )?;
+    let (public, private) = generate_key_pair(seat, &template, &Kind::Signing.template(id))?;
     let checked = check_pair(seat, id, public, private);
     if checked.is_err() {
-        seat.session().destroy_object(private)?;
-        seat.session().destroy_object(public)?;
+        seat.destroy_object(private)?;
+        seat.destroy_object(public)?;
     }
     checked.and_then(|()| public_numbers(seat, public))
+}
+
+fn generate_key_pair(
+    seat: &Seat,
+    public: &[Attribute],
+    private: &[Attribute],
+) -> Result<(ObjectHandle, ObjectHandle), Fault> {
+    seat.change(Function::GenerateKeyPair, |session| {
+        session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, public, private)
+    })
 }
 
 fn check_pair(
@@ -313,7 +322,7 @@ fn clear(seat: &Seat, id: Uuid) -> Result<(), Fault> {
     let parts = parts(seat, id)?;
     seat.forget(id);
     for part in parts {
-        seat.session().destroy_object(part)?;
+        seat.destroy_object(part)?;
     }
     Ok(())
 }
@@ -328,7 +337,7 @@ fn identify(seat: &Seat, object: ObjectHandle) -> Result<Option<(Uuid, Kind, boo
     ];
     let (mut id, mut kind) = (None, None);
     let (mut sensitive, mut extractable) = (false, true);
-    for attribute in seat.session().get_attributes(object, &types)? {
+    for attribute in seat.attributes(object, &types)? {
         match attribute {
             Attribute::Id(bytes) => id = Uuid::from_slice(&bytes).ok(),
             Attribute::KeyType(KeyType::AES) => kind = Some(Kind::Root),

@@ -246,7 +246,7 @@ fn muster(shared: &Arc<Shared>, module: Option<&Arc<Module>>) -> Result<(), Faul
     module.raw().close_all_sessions(token.slot)?;
     let sessions = log_in(settings, module, &token)?;
     statistics::login(known.is_some());
-    let handles = Arc::new(Handles::default());
+    let handles = Arc::new(Handles::new(module.by_turns(&token)?));
     let seats: Vec<Seat> = sessions
         .into_iter()
         .map(|session| Seat::new(session, Arc::clone(&handles), Arc::clone(module)))

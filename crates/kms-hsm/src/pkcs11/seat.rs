@@ -12,11 +12,11 @@ use crate::pkcs11::raw::{BLOCK, Raw};
 use crate::statistics::timed;
 use crate::vault::VaultError;
 use cryptoki::context::Function;
-use cryptoki::object::{Attribute, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::{Session, SessionState};
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use uuid::Uuid;
 
 /// How many handles one C_FindObjects may return. A token of 5,000 versions answers in 40 calls.
@@ -35,6 +35,8 @@ pub(super) struct Seat {
 pub(super) struct Handles {
     known: Mutex<HashMap<(Uuid, Kind), ObjectHandle>>,
     iv_mode: OnceLock<Result<IvMode, String>>,
+    /// Where the library cannot look for objects while one is made, whoever makes or destroys one is alone.
+    turns: Option<RwLock<()>>,
 }
 
 impl Seat {
@@ -78,14 +80,47 @@ impl Seat {
     /// A session that was logged out behind our back sees no private objects, and would report
     /// every key as lost; so an answer counts only while the login lasts.
     pub(super) fn find(&self, search: &[Attribute]) -> Result<Vec<ObjectHandle>, Fault> {
-        let found = timed(Function::FindObjects, || {
-            let found = self.session.iter_objects_with_cache_size(search, FIND_AT_ONCE)?;
-            found.collect::<Result<Vec<_>, _>>()
+        let found = self.look(Function::FindObjects, |session| {
+            session
+                .iter_objects_with_cache_size(search, FIND_AT_ONCE)?
+                .collect::<Result<Vec<_>, _>>()
         })?;
         match self.session.get_session_info()?.session_state() {
             SessionState::RwUser | SessionState::RoUser => Ok(found),
             state => Err(Fault::session(format!("no longer logged in ({state:?})"))),
         }
+    }
+
+    /// What a token says of an object that somebody else may have made just now.
+    pub(super) fn attributes(
+        &self,
+        object: ObjectHandle,
+        types: &[AttributeType],
+    ) -> Result<Vec<Attribute>, Fault> {
+        self.look(Function::GetAttributeValue, |session| session.get_attributes(object, types))
+    }
+
+    fn look<T>(
+        &self,
+        function: Function,
+        call: impl FnOnce(&Session) -> Result<T, cryptoki::error::Error>,
+    ) -> Result<T, Fault> {
+        let _beside_others = self.handles.turns.as_ref().map(RwLock::read);
+        Ok(timed(function, || call(&self.session))?)
+    }
+
+    /// Makes or destroys objects. Where it must, it waits for all who look for some.
+    pub(super) fn change<T>(
+        &self,
+        function: Function,
+        call: impl FnOnce(&Session) -> Result<T, cryptoki::error::Error>,
+    ) -> Result<T, Fault> {
+        let _alone = self.handles.turns.as_ref().map(RwLock::write);
+        Ok(timed(function, || call(&self.session))?)
+    }
+
+    pub(super) fn destroy_object(&self, object: ObjectHandle) -> Result<(), Fault> {
+        self.change(Function::DestroyObject, |session| session.destroy_object(object))
     }
 
     pub(super) fn remember(&self, id: Uuid, kind: Kind, handle: ObjectHandle) {
@@ -175,6 +210,11 @@ pub(super) fn emptied() -> Fault {
 }
 
 impl Handles {
+    /// `by_turns` as [`Module::by_turns`] says.
+    pub(super) fn new(by_turns: bool) -> Self {
+        Self { turns: by_turns.then(RwLock::default), ..Self::default() }
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<(Uuid, Kind), ObjectHandle>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }

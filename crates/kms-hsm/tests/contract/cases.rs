@@ -41,6 +41,7 @@ pub(crate) fn all() -> Vec<(&'static str, Case)> {
         signatures_verify_outside,
         one_signing_key_for_all_who_ask,
         many_callers_at_once,
+        what_was_just_made_is_there_for_everyone,
         a_probe_passes,
     ]
 }
@@ -299,6 +300,32 @@ async fn many_callers_at_once(vault: Shared) {
         .collect();
     for caller in callers {
         caller.await.unwrap();
+    }
+}
+
+/// Versions are made and destroyed while others are looked for: every session sees the whole version once it is made.
+async fn what_was_just_made_is_there_for_everyone(vault: Shared) {
+    let makers: Vec<_> = (0..6)
+        .map(|maker: usize| {
+            let vault = vault.clone();
+            tokio::spawn(async move {
+                for round in 0..20 {
+                    let told = format!("maker {maker}, round {round}");
+                    let id = Uuid::new_v4();
+                    vault.create_version(id).await.expect(&told);
+                    let value = vault.check_value(id).await.expect(&told);
+                    let wrapped = vault.wrap(id, b"", pattern(32)).await.expect(&told);
+                    vault.unwrap(id, b"", wrapped).await.expect(&told);
+                    assert_eq!(vault.check_value(id).await.expect(&told), value, "{told}");
+                    if round % 2 == 0 {
+                        vault.destroy_version(id).await.expect(&told);
+                    }
+                }
+            })
+        })
+        .collect();
+    for maker in makers {
+        maker.await.unwrap();
     }
 }
 
