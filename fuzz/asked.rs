@@ -22,11 +22,13 @@ use kms_server::http;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::{Builder, Runtime};
 
+const PEER: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1));
 /// More than the service reads of one request.
 const PIPE: usize = 256 * 1024;
 /// So many requests later, what they left behind is thrown away with the service.
@@ -86,11 +88,11 @@ impl Asked {
     }
 
     pub fn keys(&self, request: &[u8]) -> Vec<u8> {
-        self.ask(request, |request| http::keys(self.app.clone(), request))
+        self.ask(request, |request| http::keys(self.app.clone(), PEER, request))
     }
 
     pub fn tokens(&self, request: &[u8]) -> Vec<u8> {
-        self.ask(request, |request| http::tokens(self.app.clone(), request))
+        self.ask(request, |request| http::tokens(self.app.clone(), PEER, request))
     }
 
     fn ask<F, A>(&self, request: &[u8], handler: F) -> Vec<u8>

@@ -16,6 +16,10 @@ use crate::{http, pki, ports, wait};
 #[derive(Debug)]
 pub struct ApiServer {
     pub server: Server,
+    /// Where it is, and what it writes into `iss` of its service accounts' tokens.
+    pub url: String,
+    /// The file with the CA that its certificate is of.
+    pub ca: PathBuf,
     pub kubectl: Kubectl,
 }
 
@@ -37,12 +41,15 @@ impl ApiServer {
         let token = random_token()?;
         pki::write_private(&tokens, &format!("{token},admin,1,system:masters\n"))?;
         let kubectl = Kubectl::create(&assets.kubectl, port, &token, dir)?;
+        let url = format!("https://127.0.0.1:{port}");
+        let certificates = dir.join("apiserver-certs");
         let spec = Spec::new("kube-apiserver", &assets.kube_apiserver, dir, lifetime)
             .arg(format!("--etcd-servers={}", etcd.url()))
-            .arg(format!("--cert-dir={}", dir.join("apiserver-certs").display()))
+            .arg(format!("--cert-dir={}", certificates.display()))
             .arg(format!("--secure-port={port}"))
             .arg("--bind-address=127.0.0.1")
-            .arg("--service-account-issuer=https://kubernetes.default.svc")
+            .arg(format!("--service-account-issuer={url}"))
+            .arg(format!("--service-account-jwks-uri={url}/openid/v1/jwks"))
             .arg(format!("--service-account-key-file={}", public_key.display()))
             .arg(format!("--service-account-signing-key-file={}", signing_key.display()))
             .arg(format!("--token-auth-file={}", tokens.display()))
@@ -51,7 +58,8 @@ impl ApiServer {
             .arg("--disable-admission-plugins=ServiceAccount")
             .arg(format!("--encryption-provider-config={}", encryption_config.display()))
             .arg("--feature-gates=KMSv1=true");
-        let mut apiserver = Self { server: Server::new(spec), kubectl };
+        let ca = certificates.join("apiserver.crt");
+        let mut apiserver = Self { server: Server::new(spec), url, ca, kubectl };
         apiserver.server.start()?;
         apiserver.wait_until_ready()?;
         Ok(apiserver)

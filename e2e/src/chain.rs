@@ -88,6 +88,7 @@ impl Chain {
             kp_version: 1,
             previous: Vec::new(),
             api_key_file: None,
+            service_account: None,
             health_port,
             new_dek: false,
             more: Vec::new(),

@@ -17,6 +17,8 @@ use crate::{http, ports, wait};
 pub struct KeyService {
     pub server: Server,
     pub health_port: u16,
+    /// `kms-server.yaml`.
+    pub config: PathBuf,
     pub audit: PathBuf,
     pub pki: Pki,
     pub url: String,
@@ -55,6 +57,7 @@ impl KeyService {
         let mut service = Self {
             server: Server::new(spec),
             health_port,
+            config,
             audit: dir.join(AUDIT),
             url: format!("https://127.0.0.1:{keys}"),
             token_url: format!("https://127.0.0.1:{tokens}/oidc/token"),
@@ -66,6 +69,25 @@ impl KeyService {
         service.server.start()?;
         service.wait_until_ready()?;
         Ok(service)
+    }
+
+    /// Trusts these issuers of tokens, each by its URL and CA file, and no others from now on; it is restarted for it.
+    ///
+    /// # Errors
+    /// When it does not become ready again.
+    pub fn trust(&mut self, issuers: &[(&str, &Path)], audience: &str) -> Result<()> {
+        let text = std::fs::read_to_string(&self.config)
+            .map_err(Error::machine(format!("read {}", self.config.display())))?;
+        let (own, _) = text.split_once("ISSUERS:").unwrap_or((&text, ""));
+        let entry = |(url, ca): &(&str, &Path)| {
+            let ca = ca.display();
+            format!("- ISSUER_URL: \"{url}\"\n  AUDIENCE: \"{audience}\"\n  CA_FILE: \"{ca}\"\n")
+        };
+        let entries: String = issuers.iter().map(entry).collect();
+        pki::write_private(&self.config, &format!("{own}ISSUERS:\n{entries}"))?;
+        self.server.stop()?;
+        self.server.start()?;
+        self.wait_until_ready()
     }
 
     /// How many calls of one kind it has answered: lines of its audit file.
@@ -137,8 +159,8 @@ struct Credential {
 fn write_config(dir: &Path, pki: &Pki, hsm: &SoftHsm, ports: Ports) -> Result<PathBuf> {
     let pin = dir.join("pin");
     let so_pin = dir.join("so-pin");
-    pki::write_private(&pin, "582910")?;
-    pki::write_private(&so_pin, "31415926")?;
+    pki::write_private(&pin, "pin-582910-of-the-token")?;
+    pki::write_private(&so_pin, "so-pin-31415926-of-it")?;
     let text = format!(
         r#"SERVER_CONFIG:
   KEYS_ADDRESS: "127.0.0.1:{keys}"

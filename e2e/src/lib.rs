@@ -23,6 +23,7 @@ pub mod ports;
 pub mod process;
 pub mod relay;
 pub mod server;
+pub mod service_account;
 pub mod softhsm;
 pub mod token;
 pub mod wait;

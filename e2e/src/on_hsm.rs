@@ -73,6 +73,7 @@ fn config(dir: &Path) -> Result<plugin::Config> {
         kp_version: 1,
         previous: Vec::new(),
         api_key_file: None,
+        service_account: None,
         health_port: ports::free()?,
         new_dek: false,
         more: Vec::new(),

@@ -27,6 +27,8 @@ pub struct Config {
     pub previous: Vec<(u32, String)>,
     /// In place of the API key itself.
     pub api_key_file: Option<PathBuf>,
+    /// In place of any API key: the file with a service account's token, and the name of the profile that trusts it.
+    pub service_account: Option<(PathBuf, String)>,
     pub health_port: u16,
     pub new_dek: bool,
     /// Settings of ours in SERVER_CONFIG, beyond the original's.
@@ -38,9 +40,12 @@ impl Config {
     pub fn yaml(&self) -> String {
         let more: String =
             self.more.iter().map(|(name, value)| format!("  {name}: {value}\n")).collect();
-        let api_key = match &self.api_key_file {
-            Some(path) => format!("API_KEY_FILE: \"{}\"", path.display()),
-            None => format!("API_KEY: \"{}\"", self.api_key),
+        let credential = match (&self.service_account, &self.api_key_file) {
+            (Some((path, profile)), _) => {
+                format!("CR_TOKEN_FILE: \"{}\"\n  PROFILE_NAME: \"{profile}\"", path.display())
+            }
+            (None, Some(path)) => format!("API_KEY_FILE: \"{}\"", path.display()),
+            (None, None) => format!("API_KEY: \"{}\"", self.api_key),
         };
         format!(
             r#"SERVER_CONFIG:
@@ -51,7 +56,7 @@ impl Config {
   UNIX_SOCKET_PATH: "{socket}"
   TOKEN_URL: "{token_url}"
   TOKEN_URL_CA_FILE: "{ca}"
-  {api_key}
+  {credential}
   HEALTHZ_PATH: "/healthz"
   HEALTHZ_PORT: ":{health}"
   NEW_DEK: {new_dek}

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -12,15 +13,21 @@ use keelson_e2e::assets::Programs;
 use keelson_e2e::chain::{fresh_folder, run_folder};
 use keelson_e2e::key_service::KeyService;
 use keelson_e2e::kmsctl::Kmsctl;
-use keelson_e2e::process::Lifetime;
-use keelson_e2e::{Error, Result, wait};
+use keelson_e2e::process::{self, Lifetime};
+use keelson_e2e::{Error, Result, http, wait};
 use kms_api::client::{self, Ca, Call, ClientSettings, KeyProtect, NewKey, USER_AGENT};
-use kms_api::token::{ApiKeySource, TokenSettings, TokenSource};
+use kms_api::token::{Credential, TokenSettings, TokenSource};
 use kms_core::clock::SystemClock;
 use kms_core::secret::SecretText;
+use rustix::process::Signal;
 use serde_json::Value;
 use tokio::runtime::Runtime;
 use tokio::task::JoinSet;
+
+#[path = "../../crates/kms-server/tests/server/harness/canary.rs"]
+mod canary;
+
+use canary::{Canary, assert_clean};
 
 const CALLERS: usize = 16;
 /// How every token begins: the header of a JWT of ours.
@@ -74,8 +81,8 @@ fn no_answer_is_without_its_record_however_often_the_server_is_killed() -> Resul
     Ok(())
 }
 
-/// Bar A4, where there is a PIN: nothing secret in anything that the server writes or says, with all that can be
-/// logged being logged.
+/// Bar A4, where there is a PIN: nothing secret in anything that the server or kmsctl writes or says, with all that can
+/// be logged being logged, also where they are told nonsense, given a wrong PIN, and crash.
 #[test]
 fn no_secret_is_in_anything_the_server_writes_or_says() -> Result<()> {
     let dir = run_folder("e2e/audit-secrets");
@@ -83,55 +90,135 @@ fn no_secret_is_in_anything_the_server_writes_or_says() -> Result<()> {
     let programs = Programs::find()?;
     let mut service = KeyService::start(&programs.kms_server, &dir, false, Lifetime::WithParent)?;
     service.server.stop()?;
-    let config = dir.join("kms-server.yaml");
-    let text = fs::read_to_string(&config).map_err(Error::machine("read the configuration"))?;
+    let text = fs::read_to_string(&service.config).map_err(Error::machine("read a file"))?;
     let loud = text
         .replace("LOG_LEVEL: \"info\"", "LOG_LEVEL: \"debug\"")
         .replace("LOG_ALL_VALUES: false", "LOG_ALL_VALUES: true");
     assert_ne!(loud, text);
-    fs::write(&config, loud).map_err(Error::machine("write the configuration"))?;
+    fs::write(&service.config, loud).map_err(Error::machine("write the configuration"))?;
     service.server.start()?;
     service.wait_until_ready()?;
 
-    let runtime = Runtime::new().map_err(Error::machine("start a runtime"))?;
-    let client = client_of(&service)?;
-    let canary = "canary-canary-canary-canary-cana";
-    let made = runtime.block_on(async {
-        let key = client.create_key(&named("loud"), Call::within(CALL)).await?;
-        let key = key.id.unwrap_or_default();
-        let wrapped = client.wrap(&key, Some(canary.as_bytes()), &[], Call::within(CALL)).await?;
-        client.unwrap(&key, &wrapped.ciphertext, &[], Call::within(CALL)).await?;
-        Ok::<_, client::Error>(client.unwrap(&key, "bm90aGluZw==", &[], Call::within(CALL)).await)
-    });
-    let refused = made.map_err(failed("use a key"))?;
-    assert!(refused.is_err_and(|error| error.status() == Some(400)));
-    service.server.stop()?;
-    let pin = fs::read_to_string(dir.join("pin")).map_err(Error::machine("read the PIN"))?;
-    let encoded = "Y2FuYXJ5LWNhbmFyeS1jYW5hcnktY2FuYXJ5LWNhbmE=";
-    let secrets = [canary, encoded, pin.trim(), &service.admin_api_key, TOKEN];
-    let mut looked_at = 0;
+    let (dek, mut said) = (b"canary-canary-canary-canary-cana", String::new());
+    use_everything(&service, dek, &mut said)?;
+    say_everything(&programs.kmsctl, &service, &mut said)?;
+    crash(&mut service, Signal::ABORT, &mut said)?;
+    crash(&mut service, Signal::ILL, &mut said)?;
+    let pin = fs::read(dir.join("pin")).map_err(Error::machine("read the PIN"))?;
+    let wrong = b"wrong-pin-582910-of-the-token";
+    refuse_the_pin(&mut service, &dir, wrong, &mut said)?;
+
+    let canaries = [
+        Canary::new("the DEK", dek),
+        Canary::new("the PIN", &pin),
+        Canary::new("a wrong PIN", wrong),
+        Canary::new("the PIN of the security officer", b"so-pin-31415926-of-it"),
+        Canary::new("the API key", service.admin_api_key.as_bytes()),
+        Canary::new("a wrong API key", WRONG_API_KEY.as_bytes()),
+        Canary::new("a token", TOKEN.as_bytes()),
+    ];
+    let mut looked_at = said.len();
+    assert_clean(&canaries, "what was said", said.as_bytes());
     for file in sinks(&dir)? {
         let bytes = fs::read(&file).map_err(Error::machine("read a sink"))?;
-        let text = String::from_utf8_lossy(&bytes);
-        looked_at += text.len();
-        for secret in secrets {
-            assert!(!text.contains(secret), "{secret} is in {}", file.display());
-        }
+        looked_at += bytes.len();
+        assert_clean(&canaries, &file.display().to_string(), &bytes);
     }
-    assert!(looked_at > 10_000, "{looked_at} bytes are no log of all that");
+    assert!(looked_at > 10_000, "{looked_at} bytes are not all that");
     Ok(())
 }
 
-/// Everything that the server wrote: its output, the audit log and what lies beside it, the database.
+const WRONG_API_KEY: &str = "canary-of-a-wrong-api-key";
+
+/// Uses keys well and badly; what the client is told goes into `said`.
+fn use_everything(service: &KeyService, dek: &[u8], said: &mut String) -> Result<()> {
+    let runtime = Runtime::new().map_err(Error::machine("start a runtime"))?;
+    let client = client_of(service)?;
+    let made = runtime.block_on(async {
+        let key = client.create_key(&named("loud"), Call::within(CALL)).await?;
+        let key = key.id.unwrap_or_default();
+        let wrapped = client.wrap(&key, Some(dek), &[], Call::within(CALL)).await?;
+        client.unwrap(&key, &wrapped.ciphertext, &[], Call::within(CALL)).await?;
+        let mut errors = Vec::new();
+        for (key, nonsense) in [(&*key, "bm90aGluZw=="), ("none", "eA==")] {
+            errors.extend(client.unwrap(key, nonsense, &[], Call::within(CALL)).await.err());
+        }
+        Ok::<_, client::Error>(errors)
+    });
+    let refused = made.map_err(failed("use a key"))?;
+    assert_eq!(refused.len(), 2);
+    refused.iter().for_each(|error| said.push_str(&format!("{error}\n{error:?}\n")));
+    Ok(())
+}
+
+/// What kmsctl prints of the audit log, of keys and of refusals, and what the health port answers.
+fn say_everything(kmsctl: &Path, service: &KeyService, said: &mut String) -> Result<()> {
+    let program = Kmsctl::new(kmsctl, service);
+    let audit = service.audit.display().to_string();
+    for arguments in [
+        &["keys", "list"][..],
+        &["api-keys", "list"],
+        &["audit", "tail", "-n", "1000", &audit],
+        &["audit", "query", &audit, "-o", "json"],
+        &["audit", "verify", &audit],
+    ] {
+        said.push_str(&program.run(arguments, b"")?);
+    }
+    for (name, value) in
+        [("KMS_API_KEY", WRONG_API_KEY), ("KMS_TOKEN_URL", "https://127.0.0.1:1/oidc/token")]
+    {
+        let mut command = Command::new(kmsctl);
+        command.args(["keys", "list"]).env_clear();
+        command.envs(program.envs().iter().map(|(name, value)| (name, value))).env(name, value);
+        let output = process::output(command, b"")?;
+        assert!(!output.status.success());
+        said.push_str(&String::from_utf8_lossy(&output.stderr));
+    }
+    for path in ["/metrics", "/readyz", "/livez", "/nothing"] {
+        let (_, body) = http::get(service.health_port, path)
+            .map_err(|error| Error::answer("the health port", error))?;
+        said.push_str(&body);
+    }
+    Ok(())
+}
+
+/// The process ends by `signal`, as by a fault of its own, and is started again.
+fn crash(service: &mut KeyService, signal: Signal, said: &mut String) -> Result<()> {
+    let running = service.server.running()?;
+    running.signal(signal)?;
+    let status = wait::until("the end of the process", CALL, &[], || {
+        running.ended().ok_or_else(|| "it runs".to_owned())
+    })?;
+    said.push_str(&process::describe(status));
+    service.server.start()?;
+    service.wait_until_ready()
+}
+
+/// The server refuses to start, or is never ready, and says why.
+fn refuse_the_pin(
+    service: &mut KeyService,
+    dir: &Path,
+    wrong: &[u8],
+    said: &mut String,
+) -> Result<()> {
+    service.server.stop()?;
+    fs::write(dir.join("pin"), wrong).map_err(Error::machine("write the PIN"))?;
+    service.server.start()?;
+    let running = service.server.running()?;
+    wait::until("the word that the PIN is wrong", Duration::from_secs(30), &[], || {
+        let log = running.log_tail(100);
+        if log.contains("PIN") { Ok(()) } else { Err(log) }
+    })?;
+    said.push_str(&running.log_tail(1000));
+    Ok(())
+}
+
+/// Everything that is in the server's folder but what is there for the secrets' own sake.
 fn sinks(dir: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(dir).map_err(Error::machine("list the folder"))?;
-    let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-    let written = paths.filter(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        ["audit.", "kms.db"].iter().any(|start| name.starts_with(start))
-            || path.extension().is_some_and(|extension| extension == "log")
-    });
-    Ok(written.collect())
+    let files = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|path| path.is_file());
+    let own = ["pin", "so-pin"].map(|name| dir.join(name));
+    Ok(files.filter(|path| !own.contains(path)).collect())
 }
 
 /// Callers that wrap until the server is gone; each returns the uids of the calls that were answered.
@@ -185,7 +272,7 @@ fn client_of(service: &KeyService) -> Result<KeyProtect> {
     let ca = Some(Ca::File(service.ca.clone()));
     let tokens = TokenSource::new(
         &TokenSettings { url: service.token_url.clone(), ca: ca.clone() },
-        ApiKeySource::Inline(SecretText::new(service.admin_api_key.clone())),
+        Credential::ApiKey(SecretText::new(service.admin_api_key.clone())),
         Arc::new(SystemClock::new()),
     );
     let settings = ClientSettings {

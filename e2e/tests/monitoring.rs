@@ -19,14 +19,19 @@ const SOON: Duration = Duration::from_secs(60);
 
 #[test]
 fn promtool_accepts_the_rules_and_each_alert_fires_when_it_should() -> Result<()> {
-    promtool(&["check", "rules", "alerts.yaml"])?;
-    let tested = promtool(&["test", "rules", "alerts_test.yaml"])?;
-    assert!(tested.contains("SUCCESS"), "{tested}");
-    let tests = read("alerts_test.yaml")?;
-    for alert in
-        read("alerts.yaml")?.lines().filter_map(|line| line.trim().strip_prefix("- alert: "))
-    {
-        assert!(tests.contains(&format!("alertname=\"{alert}\"")), "no test makes {alert} fire");
+    for (rules, stories) in [
+        ("alerts.yaml", "alerts_test.yaml"),
+        ("kms-server-alerts.yaml", "kms-server-alerts_test.yaml"),
+    ] {
+        promtool(&["check", "rules", rules])?;
+        let tested = promtool(&["test", "rules", stories])?;
+        assert!(tested.contains("SUCCESS"), "{tested}");
+        let (rules, tests) = (read(rules)?, read(stories)?);
+        let alerts = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+        for alert in alerts {
+            let fires = format!("alertname=\"{alert}\"");
+            assert!(tests.contains(&fires), "no test makes {alert} fire");
+        }
     }
     Ok(())
 }

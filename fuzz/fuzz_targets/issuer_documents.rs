@@ -1,7 +1,8 @@
 //! Any bytes as what another issuer writes: a discovery document, a key set, a token. Understood or refused, never a
-//! panic; no key of a secret kind, and no address that is not HTTPS.
+//! panic; no key of a secret kind, and no address that is not HTTPS. The plug-in and the server find the same end in a token.
 #![no_main]
 
+use kms_api::token::expiry;
 use kms_server::issuers::document::{Claims, Header, Keys, jwks_uri};
 use libfuzzer_sys::fuzz_target;
 
@@ -16,7 +17,9 @@ fuzz_target!(|data: &[u8]| {
     }
     let Ok(text) = std::str::from_utf8(data) else { return };
     let _ = Header::of(text);
+    let end = expiry(text);
     if let Some(claims) = Claims::of(text) {
         let _ = claims.names_one_subject();
+        assert!(end.is_none_or(|end| end == claims.exp));
     }
 });

@@ -45,7 +45,7 @@ fuzz_target!(|data: &[u8]| {
 fn service() -> Service {
     let runtime = Builder::new_current_thread().build().expect("a runtime can be built");
     let vault = MemoryVault::new();
-    let public = runtime.block_on(vault.signing_key(KEY)).expect("a key in memory");
+    let public = runtime.block_on(vault.make_signing_key(KEY)).expect("a key in memory");
     let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
     let clock: Arc<dyn Clock> = Arc::new(ManualClock::at(start));
     let key = SigningKey { id: KEY, public, created_at: start.into() };

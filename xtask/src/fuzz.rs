@@ -179,6 +179,18 @@ mod tests {
     }
 
     #[test]
+    fn every_target_is_in_the_table_for_contributors() {
+        let text = fs::read_to_string(assets::root().join("CONTRIBUTING.md")).unwrap();
+        let (_, table) = text.split_once("## Fuzz targets").unwrap();
+        let (table, _) = table.split_once("## ").unwrap();
+        // Beside the targets, backquotes hold the folder and a program.
+        let mut named: Vec<&str> = table.split('`').skip(1).step_by(2).collect();
+        named.retain(|name| !["fuzz/fuzz_targets/", "kmsctl"].contains(name));
+        named.sort_unstable();
+        assert_eq!(named, targets().unwrap());
+    }
+
+    #[test]
     fn what_a_target_counts_is_found_in_what_it_says() {
         let said =
             "Done 7 runs in 1 second(s)\nstat::number_of_executed_units: 7\nstat::peak_rss_mb: 40";

@@ -7,5 +7,7 @@ pub mod admin;
 pub mod lifecycle;
 pub mod manager;
 pub mod memory;
+#[cfg(any(test, feature = "monitoring"))]
+pub mod monitoring;
 pub mod settings;
 pub mod telemetry;

@@ -16,5 +16,5 @@ mod vault;
 
 pub use statistics::{BOUNDS, Statistics, Times};
 pub use vault::{
-    CheckValue, MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped,
+    CheckValue, Circuit, MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped,
 };

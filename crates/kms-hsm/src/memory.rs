@@ -92,6 +92,17 @@ impl MemoryVault {
         self.keys().versions.remove(&id);
     }
 
+    /// Loses a key pair.
+    pub fn lose_signing_key(&self, id: Uuid) {
+        self.keys().signing.remove(&id);
+    }
+
+    /// The key pairs that were made and not lost.
+    #[must_use]
+    pub fn signing_keys(&self) -> usize {
+        self.keys().signing.len()
+    }
+
     /// Puts another key under this name, as a token does that was made anew.
     ///
     /// # Errors
@@ -129,6 +140,13 @@ impl MemoryVault {
 
     fn keys(&self) -> MutexGuard<'_, Keys> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn public(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        let keys = self.keys();
+        let pair = keys.signing.get(&id).ok_or(VaultError::NotFound)?;
+        let public = aws_lc_rs::rsa::PublicKeyComponents::<Vec<u8>>::from(pair.public_key());
+        Ok(RsaPublic { n: public.n, e: public.e })
     }
 
     fn add(&self, id: Uuid, aes: SecretBytes) -> Result<(), VaultError> {
@@ -264,17 +282,17 @@ impl Vault for MemoryVault {
         fresh(len)
     }
 
-    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+    async fn make_signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
         self.pass_fault().await?;
-        let mut keys = self.keys();
-        let pair = match keys.signing.entry(id) {
-            Entry::Occupied(there) => there.into_mut(),
-            Entry::Vacant(free) => {
-                free.insert(KeyPair::generate(KeySize::Rsa2048).map_err(broken)?)
-            }
-        };
-        let public = aws_lc_rs::rsa::PublicKeyComponents::<Vec<u8>>::from(pair.public_key());
-        Ok(RsaPublic { n: public.n, e: public.e })
+        if let Entry::Vacant(free) = self.keys().signing.entry(id) {
+            free.insert(KeyPair::generate(KeySize::Rsa2048).map_err(broken)?);
+        }
+        self.public(id)
+    }
+
+    async fn public_half(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        self.pass_fault().await?;
+        self.public(id)
     }
 
     async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError> {

@@ -5,7 +5,8 @@
 
 use cryptoki::context::Function;
 use kms_core::clock::{Clock, SystemClock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::mem::{Discriminant, discriminant};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ pub const BOUNDS: [u64; 16] = [
 /// All of it, at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
-    /// How long each PKCS#11 function took, by its name in the standard.
+    /// How long each call of a PKCS#11 function took, by the function's name in the standard: as many as there were.
     pub functions: BTreeMap<String, Times>,
     /// How often each return code but CKR_OK came, by its name.
     pub codes: BTreeMap<String, u64>,
@@ -58,38 +59,46 @@ impl Times {
     }
 }
 
-/// What is counted as it happens; the gauges are read when somebody asks.
-pub(crate) fn counted() -> Statistics {
-    record().clone()
+/// What is counted as it happens.
+#[derive(Default)]
+struct Record {
+    /// Named when somebody asks: a name costs more than some calls.
+    functions: HashMap<Discriminant<Function>, (Function, Times)>,
+    /// Everything else. The gauges are read when somebody asks.
+    rest: Statistics,
 }
 
-/// Runs `call`, and counts how long it took.
+/// What was counted until now.
+pub(crate) fn counted() -> Statistics {
+    let record = record();
+    let functions = record.functions.values().map(|(function, times)| (name(*function), *times));
+    Statistics { functions: functions.collect(), ..record.rest.clone() }
+}
+
+/// Runs `call`, which is one call of one PKCS#11 function, and counts how long it took.
 pub(crate) fn timed<T>(function: Function, call: impl FnOnce() -> T) -> T {
     let began = now();
     let result = call();
     let took = now().saturating_sub(began);
     let mut record = record();
-    let name = name(function);
-    match record.functions.get_mut(&name) {
-        Some(times) => times.add(took),
-        None => record.functions.entry(name).or_default().add(took),
-    }
+    let known = record.functions.entry(discriminant(&function));
+    known.or_insert((function, Times::default())).1.add(took);
     result
 }
 
 pub(crate) fn code(name: &str) {
-    *record().codes.entry(name.to_owned()).or_default() += 1;
+    *record().rest.codes.entry(name.to_owned()).or_default() += 1;
 }
 
 pub(crate) fn waited(since: Duration) {
     let took = now().saturating_sub(since);
-    record().waits.add(took);
+    record().rest.waits.add(took);
 }
 
 pub(crate) fn login(again: bool) {
-    let mut record = record();
-    record.logins += 1;
-    record.reconnects += u64::from(again);
+    let rest = &mut record().rest;
+    rest.logins += 1;
+    rest.reconnects += u64::from(again);
 }
 
 /// `C_Encrypt`.
@@ -103,8 +112,8 @@ pub(crate) fn now() -> Duration {
     CLOCK.get_or_init(SystemClock::new).now()
 }
 
-fn record() -> MutexGuard<'static, Statistics> {
-    static RECORD: OnceLock<Mutex<Statistics>> = OnceLock::new();
+fn record() -> MutexGuard<'static, Record> {
+    static RECORD: OnceLock<Mutex<Record>> = OnceLock::new();
     RECORD.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -5,6 +5,8 @@
 
 use crate::statistics::Statistics;
 use async_trait::async_trait;
+use aws_lc_rs::rsa::PublicKeyComponents;
+use aws_lc_rs::signature::RSA_PKCS1_2048_8192_SHA256;
 use kms_core::secret::SecretBytes;
 use std::fmt::Debug;
 use uuid::Uuid;
@@ -64,7 +66,8 @@ pub trait Vault: Send + Sync + Debug {
     /// (NIST SP 800-38D, 8.3); whoever calls this counts, over all who use the version.
     ///
     /// # Errors
-    /// As `wrap`, and `Policy` where no way to make the IV has passed the self-test.
+    /// As `wrap`, and `Policy` where no way to make the IV has passed the self-test. After `Unavailable` it may be asked
+    /// again: the vault never uses the key twice for one call, because the caller counts the uses.
     async fn wrap_gcm(
         &self,
         id: Uuid,
@@ -99,11 +102,19 @@ pub trait Vault: Send + Sync + Debug {
     /// `BadInput` when more are asked for.
     async fn random(&self, len: usize) -> Result<SecretBytes, VaultError>;
 
-    /// The public half of the RSA key pair `id`, which is made on first use.
+    /// Makes the RSA key pair `id` and returns its public half. A pair that is there is left as it is: so whoever did
+    /// not hear the answer asks again.
     ///
     /// # Errors
-    /// `Policy` when the token makes a weaker key than asked for.
-    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError>;
+    /// `Exists` when the vault holds one half only: it may be the only copy of a key that is in use, and is not
+    /// touched. `Policy` when the token makes a weaker key than asked for.
+    async fn make_signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError>;
+
+    /// The public half of the key pair `id`, as far as the vault shows it. Nothing is made or changed.
+    ///
+    /// # Errors
+    /// `NotFound` when there is none; the private half may be there all the same.
+    async fn public_half(&self, id: Uuid) -> Result<RsaPublic, VaultError>;
 
     /// RSASSA-PKCS1-v1_5 with SHA-256 over `data`.
     ///
@@ -129,9 +140,44 @@ pub trait Vault: Send + Sync + Debug {
     /// # Errors
     /// What a wrap would meet.
     async fn probe(&self) -> Result<(), VaultError>;
+
+    /// Whether requests are let through now. Asks nothing of the HSM, and is told also where it hangs.
+    fn circuit(&self) -> Circuit {
+        Circuit::Closed
+    }
+
     /// What was counted until now; `None` where there is no HSM to count the calls of. Asks nothing of the HSM.
     async fn statistics(&self) -> Option<Statistics> {
         None
+    }
+}
+
+/// The breaker before an HSM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Circuit {
+    /// Requests are let through.
+    #[default]
+    Closed,
+    /// The first connection or the first repair is under way; requests wait for it.
+    Repairing,
+    /// The HSM is away, or no call into it returns; requests are refused at once.
+    Open,
+    /// The PIN was refused; nothing is tried before it is replaced.
+    Refused,
+}
+
+impl Circuit {
+    pub const ALL: [Self; 4] = [Self::Closed, Self::Repairing, Self::Open, Self::Refused];
+
+    /// What operators call it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Repairing => "repairing",
+            Self::Open => "open",
+            Self::Refused => "pin_refused",
+        }
     }
 }
 
@@ -162,6 +208,16 @@ pub struct RsaPublic {
     pub n: Vec<u8>,
     /// The public exponent.
     pub e: Vec<u8>,
+}
+
+impl RsaPublic {
+    /// Whether `signature` is the [`Vault::sign`] of the private half over `data`.
+    #[must_use]
+    pub fn verifies(&self, data: &[u8], signature: &[u8]) -> bool {
+        let numbers = PublicKeyComponents { n: &self.n, e: &self.e };
+        let key = numbers.to_parsed_public_key(&RSA_PKCS1_2048_8192_SHA256);
+        key.is_ok_and(|key| key.verify_sig(data, signature).is_ok())
+    }
 }
 
 /// Why the vault did not do it, grouped by who must act.

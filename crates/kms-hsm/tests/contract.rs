@@ -20,6 +20,9 @@ mod recovery;
 #[path = "contract/shim.rs"]
 mod shim;
 #[cfg(test)]
+#[path = "contract/statistics.rs"]
+mod statistics;
+#[cfg(test)]
 #[path = "contract/token.rs"]
 mod token;
 #[cfg(test)]
@@ -138,6 +141,7 @@ on_every_token!(
     faults::a_vault_opens_while_its_token_is_away,
     faults::logins_that_fail_are_tried_with_pauses,
     faults::a_refused_pin_is_tried_once_and_never_again,
+    faults::a_refused_pin_is_tried_once_over_many_processes,
     faults::a_call_that_hangs_holds_nobody,
     faults::sessions_never_leak,
     faults::pitfall_19_a_flood_of_bad_unwraps_harms_nobody,
@@ -146,17 +150,22 @@ on_every_token!(
     faults::a_token_that_lies_about_a_key_keeps_none,
     faults::a_lost_answer_makes_no_second_key,
     faults::a_copy_with_other_keys_is_refused,
+    statistics::every_call_is_counted,
+    statistics::every_call_of_a_worker_is_counted,
+    statistics::the_circuit_is_told,
     vendors::the_token_as_it_is,
     vendors::luna_makes_the_iv_and_appends_it,
     vendors::luna_in_strict_mode_takes_no_iv,
     vendors::nshield_and_cloudhsm_fill_the_iv,
     vendors::pitfall_04_an_iv_that_repeats_is_refused_and_cbc_goes_on,
     vendors::a_mode_that_is_not_the_tokens_is_refused,
+    vendors::one_call_uses_a_key_once_whatever_is_lost,
     vendors::what_is_no_wrapped_key_of_gcm_is_not_authentic,
     token_cases::keys_are_as_strong_as_they_were_ordered,
     token_cases::pitfall_01_key_values_never_come_out,
     token_cases::pitfall_02_keys_that_may_leave_the_token_are_reported,
     token_cases::half_a_version_is_reported_and_not_used,
+    token_cases::half_a_key_pair_is_left_as_it_is,
     token_cases::two_objects_of_one_name_are_refused,
     token_cases::an_existing_token_is_not_initialised_again,
     token_cases::a_token_is_found_by_label_serial_and_slot,

@@ -107,6 +107,19 @@ impl DekCache {
             .collect()
     }
 
+    /// The one that was used last of each CRK.
+    pub fn latest_of_each(&self) -> HashMap<CrkName, Arc<[u8]>> {
+        let slots = self.slots();
+        let mut latest: HashMap<&CrkName, &Slot> = HashMap::new();
+        for (id, slot) in slots.iter() {
+            let known = latest.entry(&id.crk).or_insert(slot);
+            if slot.last_used > known.last_used {
+                *known = slot;
+            }
+        }
+        latest.into_iter().map(|(crk, slot)| (crk.clone(), slot.wdek.clone())).collect()
+    }
+
     /// Wipes what is too old to be used.
     pub fn expire(&self, now: Duration, lifetime: Duration) {
         self.slots().retain(|_, slot| slot.lives(now, lifetime));

@@ -3,6 +3,7 @@
 //!
 //! Nothing here waits or asks anybody; what came of asking is handed in, with the time.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use kms_core::key_id::{KeyId, KeyIdError};
 use kms_core::secret::Dek;
 
 use crate::dek_cache::CrkName;
-use crate::provider::NewDek;
 use crate::provider::guard::Guard;
+use crate::provider::{Backend, NewDek};
 use crate::sealer::{SealerError, Status};
 
 /// One entry of the configuration: a CRK and the way to it.
@@ -95,8 +96,14 @@ pub struct Wrapped {
 #[derive(Debug, Clone)]
 pub struct Asked {
     pub crk: Arc<Crk>,
+    pub grant: Grant,
     changes: u64,
 }
+
+/// How often access to a CRK was withdrawn before it was asked. What it answers is kept only if that was the last time:
+/// an answer that was under way when access ended would else bring a DEK back that was wiped.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Grant(u64);
 
 /// A new DEK, ready to seal with.
 #[derive(Debug)]
@@ -109,7 +116,7 @@ pub struct Adopted {
 /// Why an answer of the key service was not taken over.
 #[derive(Debug)]
 pub enum NotAdopted {
-    /// It was asked before the key_id changed, or it still wraps with a version that was replaced.
+    /// It was asked before the key_id changed or access ended, or it still wraps with a version that was replaced.
     Stale,
     /// The names of instance, CRK and version make no key_id.
     KeyId(KeyIdError),
@@ -125,6 +132,8 @@ pub struct Keys {
     /// key_ids that were reported before, oldest first: never again, whatever a lagging replica answers and the
     /// configuration says.
     retired: Vec<KeyId>,
+    /// Of the CRKs to which access was withdrawn once.
+    grants: HashMap<CrkName, Grant>,
     /// The key service was seen to unwrap, not only to wrap.
     proven: bool,
     /// How often `reported` changed.
@@ -151,7 +160,10 @@ struct Active {
 impl Keys {
     pub fn new(ring: Ring, policy: Policy) -> Keys {
         let ready = Err(SealerError::Unavailable {
-            text: "the plug-in has just started and has not asked the key service yet".into(),
+            text: format!(
+                "the plug-in has just started and has not asked the {} yet",
+                ring.current.service.backend()
+            ),
         });
         Keys {
             policy,
@@ -159,6 +171,7 @@ impl Keys {
             active: None,
             reported: None,
             retired: Vec::new(),
+            grants: HashMap::new(),
             proven: false,
             changes: 0,
             moved: None,
@@ -226,12 +239,17 @@ impl Keys {
     /// Whom an Encrypt asks for a new DEK: the CRK whose key_id is reported.
     pub fn to_seal(&self) -> Asked {
         let crk = self.active.as_ref().map_or(&self.ring.current, |active| &active.crk);
-        Asked { crk: crk.clone(), changes: self.changes }
+        self.asking(crk)
     }
 
     /// Whom the probe asks: the CRK of the configuration, reported or not yet.
     pub fn to_probe(&self) -> Asked {
-        Asked { crk: self.ring.current.clone(), changes: self.changes }
+        self.asking(&self.ring.current)
+    }
+
+    /// To be taken before a CRK is asked.
+    pub fn grant(&self, crk: &CrkName) -> Grant {
+        self.grants.get(crk).copied().unwrap_or_default()
     }
 
     /// Whether an Encrypt asks another CRK than the probe does: the one that the configuration has moved away from.
@@ -254,6 +272,9 @@ impl Keys {
         let (version, kp_version) = (&new.version, *kp_version);
         let key_id = KeyId::of_entry(&name.instance, &name.crk, version, kp_version)
             .map_err(NotAdopted::KeyId)?;
+        if self.grant(name) != asked.grant {
+            return Err(NotAdopted::Stale);
+        }
         let changed = self.reported.as_ref() != Some(&key_id);
         let wanted = self.wants(&asked.crk);
         let outdated = self.changes != asked.changes || !wanted;
@@ -287,8 +308,9 @@ impl Keys {
     }
 
     /// The key service has given out the DEK of `wdek` again.
-    pub fn confirm(&mut self, wdek: &[u8], dek: &Dek, now: Duration) {
-        if !self.policy.keeps_dek() {
+    pub fn confirm(&mut self, grant: Grant, wdek: &[u8], dek: &Dek, now: Duration) {
+        let granted = |active: &Active| self.grant(&active.crk.name) == grant;
+        if !self.policy.keeps_dek() || !self.active.as_ref().is_some_and(granted) {
             return;
         }
         if let Some(active) = self.active.as_mut().filter(|active| *active.wdek == *wdek) {
@@ -301,6 +323,7 @@ impl Keys {
     /// Access to this CRK was withdrawn: nothing more is sealed with its DEK, and the cause is what Status says. False
     /// if it did not seal.
     pub fn withdraw(&mut self, crk: &CrkName, cause: &SealerError) -> bool {
+        self.grants.entry(crk.clone()).or_default().0 += 1;
         let sealed = self.active.as_ref().is_some_and(|active| active.crk.name == *crk);
         if sealed {
             self.active = None;
@@ -340,6 +363,11 @@ impl Keys {
         self.ready.clone()
     }
 
+    /// Who is asked for DEKs.
+    pub fn backend(&self) -> Backend {
+        self.ring.current.service.backend()
+    }
+
     /// The reported key_id, while sealing is possible: with a DEK in memory, or because the key service answered last.
     /// A DEK that came with a request counts only once the service was seen to unwrap, too: what it only wraps nobody
     /// could read. Nor does one whose WDEK is so long that kube-apiserver would discard every value sealed with it; KMS v1,
@@ -359,7 +387,7 @@ impl Keys {
         }
         let key_id = self.reported.clone();
         key_id.map(|key_id| Status { key_id }).ok_or_else(|| SealerError::Unavailable {
-            text: "the key service has not wrapped a DEK yet".into(),
+            text: format!("the {} has not wrapped a DEK yet", self.backend()),
         })
     }
 
@@ -438,6 +466,10 @@ impl Keys {
         let history = self.retired.iter().chain(&self.reported);
         let mut versions = history.filter(|key_id| names(key_id, crk)).map(KeyId::version);
         versions.any(|seen| seen == version) && versions.any(|later| later != version)
+    }
+
+    fn asking(&self, crk: &Arc<Crk>) -> Asked {
+        Asked { crk: crk.clone(), grant: self.grant(&crk.name), changes: self.changes }
     }
 
     fn report(&mut self, key_id: KeyId) {
@@ -534,7 +566,8 @@ impl Active {
     fn check_room(&self) -> Result<(), SealerError> {
         v2::check_wdek(self.crk.kp_version, &self.wdek).map_err(|error| SealerError::Unavailable {
             text: format!(
-                "the key service's wrapped DEKs have {} bytes, which is too long for KMS v2: {error}",
+                "the {}'s wrapped DEKs have {} bytes, which is too long for KMS v2: {error}",
+                self.crk.service.backend(),
                 self.wdek.len()
             ),
         })

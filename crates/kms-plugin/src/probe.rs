@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use kms_daemon::lifecycle::Shutdown;
 
-use crate::dek_cache::refresh_age;
+use crate::dek_cache::{CrkName, refresh_age};
 use crate::keys::{Asked, Crk, NotAdopted, Wrapped};
 use crate::provider::{self, NewDek};
 use crate::sealer::{Call, Sealer, SealerError};
@@ -53,9 +53,11 @@ pub async fn probe(sealer: &Sealer) -> bool {
     if proven.is_err() {
         try_fallback(sealer, &call).await;
     }
-    sealer.tools().metrics.probe(proven.is_ok());
+    let unwraps = proven.is_ok();
+    sealer.tools().metrics.probe(unwraps);
     // Before anything is waited for: what was adopted is reported by now.
     report(sealer, proven);
+    watch(sealer, unwraps.then_some(&asked.crk.name), &call).await;
     refresh(sealer, &call).await;
     expire(sealer);
     sealer.ready().is_ok()
@@ -90,7 +92,8 @@ async fn prove(crk: &Crk, call: &Call) -> Result<Proof, provider::Error> {
     let new = crk.service.wrap_new(call).await?;
     let again = crk.service.unwrap(&new.wdek, call).await?;
     if again.dek.as_bytes() != new.dek.as_bytes() {
-        let text = "the key service unwraps a DEK to something else than it wrapped".into();
+        let backend = crk.service.backend();
+        let text = format!("the {backend} unwraps a DEK to something else than it wrapped");
         return Err(provider::Error::Unusable { text });
     }
     Ok(Proof { new, is_behind: again.active_version.is_some() })
@@ -104,6 +107,20 @@ fn adopt(sealer: &Sealer, asked: &Asked, proof: &Proof) -> Result<(), SealerErro
         // The key_id changed during this probe: what it found is true, but no news.
         Ok(_) | Err(NotAdopted::Stale) => Ok(()),
         Err(error) => Err(error.into()),
+    }
+}
+
+/// Asks those whose DEKs are held and of which this round has not shown that they unwrap: previous CRKs, and one that no
+/// longer wraps. Else a DEK would outlive the access to it until it is due to be refreshed, most of an hour.
+async fn watch(sealer: &Sealer, proven: Option<&CrkName>, call: &Call) {
+    for (name, wdek) in sealer.deks().latest_of_each() {
+        if proven == Some(&name) {
+            continue;
+        }
+        let Some(crk) = sealer.keys().named(&name) else { continue };
+        let answer = crk.service.unwrap(&wdek, call).await;
+        // What it answers is not kept: a DEK that nobody uses is to end.
+        let _only_whether_it_is_refused = sealer.learn(&crk, answer);
     }
 }
 
@@ -128,11 +145,12 @@ async fn refresh(sealer: &Sealer, call: &Call) {
 
 /// False if the service is away, so that the rest need not be tried now.
 async fn refresh_one(sealer: &Sealer, crk: &Crk, wdek: &Arc<[u8]>, call: &Call) -> bool {
+    let grant = sealer.keys().grant(&crk.name);
     let answer = crk.service.unwrap(wdek, call).await;
     let away = answer.as_ref().is_err_and(provider::Error::is_outage);
     if let Ok(unwrapped) = sealer.learn(crk, answer) {
-        sealer.keys().confirm(wdek, &unwrapped.dek, sealer.now());
-        sealer.keep(crk, wdek.clone(), &unwrapped.dek);
+        sealer.keys().confirm(grant, wdek, &unwrapped.dek, sealer.now());
+        sealer.keep(crk, grant, wdek.clone(), &unwrapped.dek);
     }
     !away
 }
@@ -146,13 +164,17 @@ fn expire(sealer: &Sealer) {
 
 fn report(sealer: &Sealer, found: Result<(), SealerError>) {
     let cause = found.as_ref().err().cloned();
-    if !sealer.keys().set_ready(found) {
-        return;
-    }
+    let backend = {
+        let mut keys = sealer.keys();
+        if !keys.set_ready(found) {
+            return;
+        }
+        keys.backend()
+    };
     match cause {
-        None => tracing::info!("The key service wraps and unwraps: ready."),
+        None => tracing::info!("The {backend} wraps and unwraps: ready."),
         Some(cause) => {
-            tracing::warn!("The key service does not wrap and unwrap: not ready: {cause}")
+            tracing::warn!("The {backend} does not wrap and unwrap: not ready: {cause}")
         }
     }
 }

@@ -63,7 +63,7 @@ impl RingMaker {
             url: server.token_url.clone(),
             ca: Some(Ca::File(server.token_ca.clone())),
         };
-        let tokens = TokenSource::new(&token, server.api_key.clone(), self.tools.clock.clone());
+        let tokens = TokenSource::new(&token, server.credential.clone(), self.tools.clock.clone());
         let mut mistakes = Vec::new();
         let mut note = |name: &str, error: SetupError| mistakes.push(format!("{name}: {error}"));
         let tokens = tokens.map_err(|error| note("SERVER_CONFIG.TOKEN_URL", error)).ok();

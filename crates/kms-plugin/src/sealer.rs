@@ -18,11 +18,12 @@ use tracing::field::{DisplayValue, display};
 use crate::dek_cache::{DekCache, DekId};
 use crate::flight::{Flights, Seat};
 use crate::keys::{
-    Adopted, Asked, Crk, InstallError, Keys, Next, NotAdopted, Policy, Ring, Sealing, Wrapped,
+    Adopted, Asked, Crk, Grant, InstallError, Keys, Next, NotAdopted, Policy, Ring, Sealing,
+    Wrapped,
 };
 use crate::metrics::Snapshot;
 use crate::provider::guard::{Tools, budget};
-use crate::provider::{self, NewDek};
+use crate::provider::{self, Backend, NewDek, Withdrawn};
 
 /// What comes with each request: who to name in the log, and how long an answer may take.
 #[derive(Debug, Clone)]
@@ -70,10 +71,10 @@ pub enum SealerError {
     /// Nobody has to act if it passes: the service is away or overloaded.
     #[error("{text}")]
     Unavailable { text: String },
-    #[error("the key service did not answer in time")]
-    TimedOut,
-    #[error("too many requests are waiting for the key service")]
-    Overloaded,
+    #[error("the {0} did not answer in time")]
+    TimedOut(Backend),
+    #[error("too many requests are waiting for the {0}")]
+    Overloaded(Backend),
 }
 
 /// What the service refused.
@@ -85,6 +86,8 @@ pub enum Refusal {
     NoSuchKey,
     /// The CRK is disabled, suspended or deleted.
     KeyState,
+    /// The CRK does not wrap: it is disabled, expired or used up. Whether it still unwraps is not said.
+    NoWrap,
     /// The request itself, such as an instance header that is no UUID: nothing was withdrawn.
     Request,
 }
@@ -319,8 +322,9 @@ impl Sealer {
         wdek: &[u8],
         call: &Call,
     ) -> Result<Dek, SealerError> {
+        let grant = self.keys().grant(&crk.name);
         let dek = self.unwrap(crk, wdek, call).await?;
-        self.keep(crk, wdek.into(), &dek);
+        self.keep(crk, grant, wdek.into(), &dek);
         Ok(dek)
     }
 
@@ -336,12 +340,11 @@ impl Sealer {
     /// The same for a request's answer. The probe decides what is reported as ready; an answer that contradicts it is
     /// reason to ask again.
     fn heard<T>(&self, crk: &Crk, answer: Result<T, provider::Error>) -> Result<T, SealerError> {
-        let answer = self.learn(crk, answer);
-        let about_crk = !matches!(answer, Err(SealerError::NotAuthentic));
+        let about_crk = !matches!(answer, Err(provider::Error::NotAuthentic));
         if about_crk && self.keys().contradicts(&crk.name, answer.is_ok()) {
             self.probe_wanted.notify_one();
         }
-        answer
+        self.learn(crk, answer)
     }
 
     async fn in_time<T>(
@@ -352,7 +355,10 @@ impl Sealer {
         // Longer than the key service's own budget, so that its cause comes back and not this.
         let margin = (call.deadline - budget(call.deadline)) / 2;
         let limit = call.deadline - margin;
-        timeout(limit, work).await.unwrap_or(Err(SealerError::TimedOut))
+        match timeout(limit, work).await {
+            Ok(answer) => answer,
+            Err(_) => Err(SealerError::TimedOut(self.keys().backend())),
+        }
     }
 
     fn log_sealed(&self, sealing: &Sealing, call: &Call) {
@@ -386,7 +392,7 @@ impl Sealer {
 
     pub(crate) fn adopt(&self, asked: &Asked, new: &NewDek) -> Result<Sealing, NotAdopted> {
         let Adopted { sealing, changed } = self.keys().adopt(asked, new, self.now())?;
-        self.keep(&asked.crk, new.wdek.clone(), &new.dek);
+        self.keep(&asked.crk, asked.grant, new.wdek.clone(), &new.dek);
         if changed {
             self.forget_strangers();
             let key_id = &sealing.key_id;
@@ -402,9 +408,12 @@ impl Sealer {
         self.deks.keep_only(|name| keys.named(name).is_some());
     }
 
-    pub(crate) fn keep(&self, crk: &Crk, wdek: Arc<[u8]>, dek: &Dek) {
-        let policy = self.keys().policy();
-        if !policy.lifetime.is_zero() {
+    /// A DEK for opening, unless access to its CRK was withdrawn since it was asked for.
+    pub(crate) fn keep(&self, crk: &Crk, grant: Grant, wdek: Arc<[u8]>, dek: &Dek) {
+        // Held until the DEK is in: one that a withdrawal would not find must not come after it.
+        let keys = self.keys();
+        let policy = keys.policy();
+        if !policy.lifetime.is_zero() && keys.grant(&crk.name) == grant {
             let id = DekId::new(&crk.name, &wdek);
             self.deks.keep(id, wdek, dek.clone(), self.now(), policy.capacity);
         }
@@ -416,13 +425,17 @@ impl Sealer {
         crk: &Crk,
         answer: Result<T, provider::Error>,
     ) -> Result<T, SealerError> {
-        let withdrawn = answer.as_ref().is_err_and(provider::Error::is_withdrawal);
+        let refused = answer.as_ref().err().and_then(provider::Error::withdrawn);
         let answer = answer.map_err(SealerError::from);
-        if let (true, Err(cause)) = (withdrawn, &answer) {
-            self.deks.keep_only(|name| *name != crk.name);
-            if self.keys().withdraw(&crk.name, cause) {
-                let crk = &crk.name;
-                tracing::warn!(%crk, "Access to the CRK was refused, its DEKs are dropped: {cause}");
+        if let (Some(withdrawn), Err(cause)) = (refused, &answer) {
+            // First the one that ends new answers, then the one that wipes those that are in.
+            let sealed = self.keys().withdraw(&crk.name, cause);
+            if withdrawn == Withdrawn::Both {
+                self.deks.keep_only(|name| *name != crk.name);
+            }
+            if sealed {
+                let (crk, what) = (&crk.name, withdrawn);
+                tracing::warn!(%crk, "Access to the CRK was refused, {what} dropped: {cause}");
             }
         }
         answer
@@ -432,9 +445,7 @@ impl Sealer {
 impl From<NotAdopted> for SealerError {
     fn from(error: NotAdopted) -> SealerError {
         let text = match error {
-            NotAdopted::Stale => {
-                "the key service answers with a key version that was replaced".into()
-            }
+            NotAdopted::Stale => "a key version that was replaced has wrapped the DEK".into(),
             NotAdopted::KeyId(error) => error.to_string(),
         };
         SealerError::Unavailable { text }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use kms_api::token::ApiKeySource;
+use kms_api::token::{Credential, Profile};
 use kms_core::crypto_module::CryptoModule;
 use kms_daemon::lifecycle::Shutdown;
 use kms_daemon::settings::{Environment, Mistakes};
@@ -91,9 +91,11 @@ fn mistakes(text: &str) -> Vec<String> {
 }
 
 fn api_key(config: &Config) -> String {
-    match &config.server.api_key {
-        ApiKeySource::Inline(key) => key.expose().to_owned(),
-        ApiKeySource::File(path) => path.display().to_string(),
+    match &config.server.credential {
+        Credential::ApiKey(key) => key.expose().to_owned(),
+        Credential::ApiKeyFile(path) | Credential::CrTokenFile { path, .. } => {
+            path.display().to_string()
+        }
     }
 }
 
@@ -339,6 +341,53 @@ fn the_api_key_stands_in_the_file_or_in_a_file_of_its_own() {
         mistakes(&empty),
         ["SERVER_CONFIG.API_KEY_FILE names a file that cannot be used: it is empty"]
     );
+}
+
+#[test]
+fn a_service_accounts_token_stands_in_place_of_the_api_key() {
+    // The file need not be there yet, and its changes are no changes of the configuration.
+    let with = |more: &str| {
+        let account = format!("CR_TOKEN_FILE: \"/nowhere/token\"\n{more}");
+        original().replace("  API_KEY: \"an-api-key\"", &format!("  {account}"))
+    };
+    let named = |id: Option<&str>, name: Option<&str>| Profile {
+        id: id.map(str::to_owned),
+        name: name.map(str::to_owned),
+    };
+    for (more, wanted) in [
+        ("  PROFILE_NAME: node", named(None, Some("node"))),
+        ("  PROFILE_ID: Profile-1", named(Some("Profile-1"), None)),
+        ("  PROFILE_ID: Profile-1\n  PROFILE_NAME: node", named(Some("Profile-1"), Some("node"))),
+    ] {
+        let config = read(&with(more), []).unwrap();
+        assert!(!config.files().contains(&PathBuf::from("/nowhere/token").as_path()));
+        let Credential::CrTokenFile { path, profile } = config.server.credential else {
+            panic!("{more}")
+        };
+        assert_eq!((path, profile), (PathBuf::from("/nowhere/token"), wanted));
+    }
+    assert_eq!(
+        mistakes(&with("")),
+        [
+            "SERVER_CONFIG.PROFILE_NAME is missing (or PROFILE_ID): CR_TOKEN_FILE is good for the profile that trusts it"
+        ]
+    );
+    for name in ["API_KEY", "API_KEY_FILE"] {
+        let both = format!("  PROFILE_NAME: node\n  {name}: \"k\"");
+        assert_eq!(
+            mistakes(&with(&both)),
+            [format!(
+                "SERVER_CONFIG.CR_TOKEN_FILE and {name} are both set; only one of them may be"
+            )]
+        );
+    }
+    let alone = original().replace("MAX_RETRIES: 0", "PROFILE_NAME: node");
+    let text = "is for a service account's token, but CR_TOKEN_FILE is missing";
+    assert_eq!(mistakes(&alone), [format!("SERVER_CONFIG.PROFILE_NAME {text}")]);
+    // The environment of a pod may bring all of it.
+    let pod = [("CR_TOKEN_FILE", "/t"), ("PROFILE_NAME", "node")];
+    let config = read(&original().replace("  API_KEY: \"an-api-key\"\n", ""), pod).unwrap();
+    assert_eq!(config.overridden, ["CR_TOKEN_FILE", "PROFILE_NAME"]);
 }
 
 #[test]

@@ -2,49 +2,29 @@
 //! of it out.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail loudly, as tests do")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use kms_daemon::monitoring::{self, Samples, asked, not_shown, unpublished, used};
 use kms_plugin::metrics::{Metrics, Snapshot};
 use prometheus_client::registry::Registry;
 use serde_json::Value;
 
+/// What the plug-in's own metrics begin with.
+const OWN: [&str; 1] = ["kmsplugin_"];
 /// The metrics of others that are used too: Prometheus' own, and kube-apiserver's view of the key_id.
 const FOREIGN: [&str; 2] =
     ["up", "apiserver_envelope_encryption_key_id_hash_status_last_timestamp_seconds"];
 
-/// Names of samples, each with the names of its labels.
-type Samples = BTreeMap<String, BTreeSet<String>>;
-
 #[test]
 fn rules_and_board_name_only_what_is_published() {
-    let published = published();
-    for expression in alerts().into_iter().chain(board()) {
-        let used = used(&expression);
-        assert!(!used.is_empty(), "{expression} uses no metric");
-        for (name, labels) in used {
-            if FOREIGN.contains(&&*name) {
-                continue;
-            }
-            let known = published.get(&name);
-            let known = known.unwrap_or_else(|| panic!("{name} of {expression} is not published"));
-            for label in labels {
-                let of_prometheus = ["instance", "job"].contains(&&*label);
-                assert!(of_prometheus || known.contains(&label), "{label} in {expression}");
-            }
-        }
-    }
+    let expressions = [asked(&rules()).unwrap(), board()].concat();
+    assert_eq!(unpublished(&expressions, &OWN, &FOREIGN, &published()), Vec::<String>::new());
 }
 
 #[test]
 fn the_board_shows_everything_that_is_published() {
-    let shown: BTreeSet<_> =
-        board().iter().flat_map(|expression| used(expression).into_keys()).collect();
-    for name in published().into_keys() {
-        let histogram = name.strip_suffix("_sum").or_else(|| name.strip_suffix("_count"));
-        let name = histogram.map_or(name.clone(), |histogram| format!("{histogram}_bucket"));
-        assert!(shown.contains(&name), "{name} is nowhere on the board");
-    }
+    assert_eq!(not_shown(&board(), &OWN, &published()), BTreeSet::new());
 }
 
 /// What Grafana would show wrongly without a word.
@@ -102,51 +82,20 @@ fn published() -> Samples {
     metrics.config_reload(true);
     let text = metrics.render(&registry, Snapshot::default());
     let samples = text.lines().filter(|line| !line.starts_with('#'));
-    samples.flat_map(used).collect()
-}
-
-fn alerts() -> Vec<String> {
-    rules().iter().map(|rule| rule["expr"].as_str().unwrap().to_owned()).collect()
+    samples.flat_map(|line| used(line, &OWN)).collect()
 }
 
 fn rules() -> Vec<Value> {
-    let file: Value = serde_saphyr::from_str(&read("alerts.yaml")).unwrap();
-    file["groups"][0]["rules"].as_array().unwrap().clone()
+    monitoring::rules(&read("alerts.yaml")).unwrap()
 }
 
 fn board() -> Vec<String> {
-    let board: Value = serde_json::from_str(&read("grafana-dashboard.json")).unwrap();
-    let panels = board["panels"].as_array().unwrap().iter();
-    let targets = panels.filter_map(|panel| panel["targets"].as_array()).flatten();
-    targets.map(|target| target["expr"].as_str().unwrap().to_owned()).collect()
+    monitoring::board(&read("grafana-dashboard.json")).unwrap()
 }
 
 fn read(name: &str) -> String {
     let path = format!("{}/../../deploy/monitoring/{name}", env!("CARGO_MANIFEST_DIR"));
     std::fs::read_to_string(path).unwrap()
-}
-
-/// The metrics in an expression, each with the labels that are matched.
-fn used(expression: &str) -> Samples {
-    let mut used = Samples::new();
-    let mut rest = expression;
-    while let Some(start) =
-        FOREIGN.iter().chain(&["kmsplugin_"]).filter_map(|name| rest.find(name)).min()
-    {
-        let name: String = rest[start..].chars().take_while(is_name).collect();
-        rest = &rest[start + name.len()..];
-        let labels = used.entry(name).or_default();
-        if let Some(matchers) = rest.strip_prefix('{') {
-            let (matchers, after) = matchers.split_once('}').unwrap();
-            rest = after;
-            labels.extend(matchers.split(',').map(label));
-        }
-    }
-    used
-}
-
-fn label(matcher: &str) -> String {
-    matcher.trim().chars().take_while(is_name).collect()
 }
 
 fn is_name(char: &char) -> bool {

@@ -16,7 +16,7 @@ use kms_core::clock::Clock;
 use kms_core::secret::Dek;
 use kms_daemon::lifecycle::Shutdown;
 use kms_plugin::dek_cache::CrkName;
-use kms_plugin::keys::{Crk, Policy, Ring};
+use kms_plugin::keys::{Crk, Ring};
 use kms_plugin::metrics::Metrics;
 use kms_plugin::probe;
 use kms_plugin::provider::guard::{Guard, Patience, Tools};
@@ -25,13 +25,17 @@ use kms_plugin::random::Random;
 use kms_plugin::sealer::{Call, Sealer};
 use tokio::time::{Instant, sleep};
 
+#[path = "sealing/policy.rs"]
+mod policy;
+
+use policy::{HOUR, policy};
+
 const PLUG_INS: u64 = 1000;
 /// Calls a second, and how many may wait: kms-server's QUEUE.
 const CAPACITY: u32 = 500;
 const QUEUE: u32 = 256;
 /// PROBE_INTERVAL_IN_SECONDS and CACHE_TIMEOUT_IN_HOURS as they are by default.
 const INTERVAL: Duration = Duration::from_secs(30);
-const HOUR: Duration = Duration::from_secs(3600);
 const OUTAGE: Duration = Duration::from_secs(300);
 const TICK: Duration = Duration::from_millis(100);
 
@@ -125,16 +129,7 @@ fn plug_in(service: &Arc<Service>, tools: Tools) -> Arc<Sealer> {
     let patience = Patience { max_retries: 0, timeout: None };
     let service = Guard::new(service.clone(), patience, tools.clone());
     let current = Arc::new(Crk { name, kp_version: 1, service });
-    let policy = Policy {
-        new_dek: false,
-        lifetime: HOUR,
-        max_age: 168 * HOUR,
-        max_uses: 1_000_000,
-        capacity: 1000,
-        len_bytes: 4,
-        accept_unauthenticated: false,
-    };
-    Arc::new(Sealer::new(Ring { current, previous: Vec::new() }, policy, tools))
+    Arc::new(Sealer::new(Ring { current, previous: Vec::new() }, policy(), tools))
 }
 
 impl Chance {

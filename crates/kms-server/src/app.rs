@@ -1,6 +1,7 @@
 //! What every operation works with.
 
 use crate::audit::Audit;
+use crate::failures::Failures;
 use crate::gate::Gates;
 use crate::health::Health;
 use crate::issuers::Issuers;
@@ -29,6 +30,8 @@ pub struct App {
     pub uses: Uses,
     pub gates: Gates,
     pub limits: Limits,
+    /// Logins that were refused.
+    pub failures: Failures,
     pub metrics: Metrics,
     pub health: Health,
 }

@@ -3,7 +3,7 @@
 //! unwraps anything, but the copy says who may do what, so both are for this user alone.
 
 use crate::report::hex;
-use crate::store::{Custody, SqliteStore, StoreError};
+use crate::store::{Custody, SqliteStore, Store, StoreError, sides};
 use aws_lc_rs::digest::{Context, SHA256};
 use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
@@ -47,26 +47,32 @@ pub async fn backup(database: &Path, to: &Path, now: OffsetDateTime) -> Result<(
     }
     let half = half(to);
     // One that was interrupted before; nobody else uses this name.
-    remove(&half)?;
+    clear(&half)?;
     let made = make(database, &half, &manifest, to, now).await;
-    if made.is_err() {
-        remove(&half)?;
-    }
+    clear(&half)?;
     made
 }
 
-/// Checks `backup` against its manifest.
+/// Checks `backup` against its manifest, and says when it was made.
 ///
 /// # Errors
 /// `File` when one cannot be read, `Changed` when they do not belong together.
-pub fn verify(backup: &Path) -> Result<(), BackupError> {
+pub fn verify(backup: &Path) -> Result<String, BackupError> {
     let manifest = manifest_of(backup);
     let text = std::fs::read_to_string(&manifest).map_err(failed(&manifest))?;
     let told: Value = serde_json::from_str(&text).unwrap_or_default();
     if told["sha256"].as_str() == Some(&sha256(backup)?) {
-        return Ok(());
+        let made = told["created_at"].as_str();
+        let made = made.filter(|made| OffsetDateTime::parse(made, &Rfc3339).is_ok());
+        return Ok(made.unwrap_or("an unknown time").to_owned());
     }
     Err(BackupError::Changed { backup: backup.to_owned(), manifest })
+}
+
+/// Removes what was left of a half-written file, its sides first: a file without them is whole, or no database yet.
+pub(crate) fn clear(half: &Path) -> Result<(), BackupError> {
+    sides(half).iter().try_for_each(|side| remove(side))?;
+    remove(half)
 }
 
 /// Where a file is made before it gets its name.
@@ -117,6 +123,7 @@ async fn make(
     // The copy is described, not the database, which has gone on meanwhile.
     let copy = SqliteStore::open_to_read(half).await?;
     let text = describe(&copy, half, now).await?;
+    copy.close().await;
     write_private(manifest, &text)?;
     publish(half, to)
 }

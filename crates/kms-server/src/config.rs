@@ -11,7 +11,7 @@ use kms_core::secret::SecretText;
 use kms_core::wdek::WdekVersion;
 use kms_daemon::settings::{Environment, Mistakes, Secret, Section, Settings};
 use kms_daemon::telemetry::{self, LogLevel};
-use kms_hsm::pkcs11::{IvChoice, TokenChoice};
+use kms_hsm::pkcs11::{IvChoice, Pin, TokenChoice};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -51,6 +51,10 @@ pub struct Hsm {
     pub library: PathBuf,
     pub token: TokenChoice,
     pub pin: SecretText,
+    /// Where it was read, if not in the configuration itself; read again while the service runs.
+    pub pin_file: Option<PathBuf>,
+    /// Where it is kept that the token has refused a PIN: beside the database, which every command knows.
+    pub refused_pin_file: PathBuf,
     /// Only `kms-server init` reads it, and only where there is no such token yet.
     pub so_pin_file: Option<PathBuf>,
     pub sessions: usize,
@@ -81,6 +85,15 @@ pub enum ConfigError {
     Mistakes { path: PathBuf, mistakes: Mistakes },
 }
 
+impl Hsm {
+    /// The PIN, unless this token has refused it in a process before this one.
+    #[must_use]
+    pub fn remembered_pin(&self) -> Pin {
+        let token = format!("{} {}", self.library.display(), self.token);
+        Pin::remembered(self.pin.clone(), self.refused_pin_file.clone(), token)
+    }
+}
+
 impl Config {
     /// Reads and checks the file at `path`, and the PIN files that it names.
     ///
@@ -107,7 +120,8 @@ fn parse(text: &str) -> Result<Config, Mistakes> {
     let mut settings = Settings::parse(text, Environment::new())?;
     let (server, operations) =
         settings.section("SERVER_CONFIG", |section| (server(section), operations(section)));
-    let hsm = settings.section("HSM", hsm);
+    let mut hsm = settings.section("HSM", hsm);
+    hsm.refused_pin_file = with_suffix(&server.database, ".refused-pin");
     let issuers = settings.sections("ISSUERS", issuer);
     check_issuers(&mut settings, &issuers, &server.issuer_url);
     let log = settings.section("LOGGER", log);
@@ -158,6 +172,8 @@ fn limits(section: &mut Section<'_>) -> limits::Settings {
     let rate = u64::from(default.rate_per_instance);
     let rate = section.number("MAX_RATE_PER_INSTANCE", 0..=1_000_000, rate);
     found.rate_per_instance = u32::try_from(rate).unwrap_or(u32::MAX);
+    let idle = section.number("IDLE_TIMEOUT_IN_SECONDS", 5..=3600, default.idle.as_secs());
+    found.idle = Duration::from_secs(idle);
     if found.connections_per_address > found.connections && of_address {
         let more = "is more than MAX_CONNECTIONS, which all addresses share";
         section.mistake("MAX_CONNECTIONS_PER_ADDRESS", more);
@@ -216,10 +232,15 @@ fn operations(section: &mut Section<'_>) -> app::Settings {
 
 fn hsm(section: &mut Section<'_>) -> Hsm {
     let count = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    // Without one, the mistake was named.
+    let pin = section.secret("PIN", "PIN_FILE");
+    let pin_file = pin.as_ref().and_then(|pin| pin.file.clone());
     Hsm {
         library: section.required("PKCS11_LIBRARY").into(),
         token: token(section),
-        pin: section.secret("PIN", "PIN_FILE").map(into_text).unwrap_or_default(),
+        pin: pin.map(into_text).unwrap_or_default(),
+        pin_file,
+        refused_pin_file: PathBuf::new(),
         so_pin_file: section.text("SO_PIN_FILE").map(PathBuf::from),
         sessions: count(section.number("SESSIONS", 1..=64, 2)),
         queue: count(section.number("QUEUE", 1..=65_536, 256)),
@@ -293,6 +314,12 @@ fn check_issuers(settings: &mut Settings, issuers: &[Trusted], own: &str) {
     }
 }
 
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
 fn into_text(mut secret: Secret) -> SecretText {
     SecretText::new(std::mem::take(&mut *secret.text))
 }
@@ -350,7 +377,7 @@ HSM:
         };
         let set = with(
             "  MAX_CONNECTIONS: 40\n  MAX_CONNECTIONS_PER_ADDRESS: 4\n  MAX_REQUESTS: 20\n  \
-             MAX_RATE_PER_INSTANCE: 0\n  CLIENT_CA_FILE: \"/etc/kms/clients.crt\"\n",
+             MAX_RATE_PER_INSTANCE: 0\n  IDLE_TIMEOUT_IN_SECONDS: 350\n  CLIENT_CA_FILE: \"/etc/kms/clients.crt\"\n",
         )
         .unwrap()
         .server;
@@ -359,15 +386,19 @@ HSM:
             connections_per_address: 4,
             requests: 20,
             rate_per_instance: 0,
+            idle: Duration::from_secs(350),
         };
         assert_eq!(set.limits, wanted);
         assert_eq!(set.tls.client_ca.as_deref(), Some(Path::new("/etc/kms/clients.crt")));
-        let wrong =
-            with("  MAX_REQUESTS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n");
+        let wrong = with(
+            "  MAX_REQUESTS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
+                  IDLE_TIMEOUT_IN_SECONDS: 0\n",
+        );
         let said = wrong.unwrap_err().0.join("\n");
         for wanted in [
             "SERVER_CONFIG.MAX_REQUESTS must be a whole number from 1 to 65536",
             "SERVER_CONFIG.MAX_CONNECTIONS_PER_ADDRESS is more than MAX_CONNECTIONS",
+            "SERVER_CONFIG.IDLE_TIMEOUT_IN_SECONDS must be a whole number from 5 to 3600",
         ] {
             assert!(said.contains(wanted), "{wanted:?} is not in:\n{said}");
         }
@@ -390,6 +421,26 @@ HSM:
             mode("luna").unwrap_err().0,
             ["HSM.IV_MODE must be \"auto\", \"caller\", \"appended\" or \"filled\""]
         );
+    }
+
+    #[test]
+    fn a_node_has_a_plain_name_or_the_one_that_is_kept() {
+        let named =
+            |line: &str| parse(&GOOD.replace("  AUDIT_FILE", &format!("{line}  AUDIT_FILE")));
+        assert_eq!(named("").unwrap().server.node_id, None);
+        let name = named("  NODE_ID: \"kms-0\"\n").unwrap().server.node_id;
+        assert_eq!(name.as_deref(), Some("kms-0"));
+        for bad in ["two words", "a/b", "\u{e9}", &"x".repeat(64)] {
+            let found = named(&format!("  NODE_ID: \"{bad}\"\n")).unwrap_err().0;
+            assert_eq!(
+                found,
+                [
+                    "SERVER_CONFIG.NODE_ID must be 1 to 63 letters, digits, \".\", \"_\" or \"-\", and another one for each \
+                  server"
+                ],
+                "{bad}"
+            );
+        }
     }
 
     #[test]
@@ -470,6 +521,9 @@ HSM:
         let named = format!("PIN_FILE: \"{}\"", file.path().display());
         let from_file = parse(&GOOD.replace("PIN: \"1234\"", &named)).unwrap();
         assert_eq!(from_file.hsm.pin.expose(), "9876");
+        assert_eq!(from_file.hsm.pin_file.as_deref(), Some(file.path()));
+        let refused = Path::new("/var/lib/kms/kms.db.refused-pin");
+        assert_eq!(from_file.hsm.refused_pin_file, refused);
         let both = format!("{GOOD}  {named}\n");
         assert_eq!(mistakes(&both), ["HSM.PIN and PIN_FILE are both set; only one of them may be"]);
         assert!(!format!("{:?}", parse(GOOD).unwrap()).contains("1234"));

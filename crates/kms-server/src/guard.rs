@@ -4,21 +4,25 @@
 //! The vault itself knows a token again within one process. Across restarts and restores the database does: by the
 //! check value of each version.
 
-use crate::reconcile::{Comparison, ReconcileError, Standing, compare};
+use crate::reconcile::{Comparison, ReconcileError, SignerFound, Standing, compare, signers};
 use crate::report;
 use crate::store::Store;
 use async_trait::async_trait;
 use kms_core::secret::SecretBytes;
-use kms_hsm::{CheckValue, RsaPublic, Sealed, Statistics, Vault, VaultError, Wrapped};
+use kms_hsm::{CheckValue, Circuit, RsaPublic, Sealed, Statistics, Vault, VaultError, Wrapped};
 use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::sync::{Mutex, OwnedMutexGuard};
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 /// How long a probe waits for a comparison that it has begun; one of thousands of keys goes on beside it.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// A token that was refused, or has not answered, is left alone for so long: looking through a full one keeps it busy.
+const REST: Duration = Duration::from_secs(2);
+/// How often the key pairs of this server prove that they sign. One that is lost is looked for after [`REST`] again.
+const PROVEN_FOR: Duration = Duration::from_secs(30);
 
 /// A vault behind its check values.
 #[derive(Debug)]
@@ -32,7 +36,7 @@ struct Shared {
     store: Arc<dyn Store>,
     state: RwLock<State>,
     /// One comparison at a time.
-    comparing: Mutex<()>,
+    comparing: Arc<Mutex<()>>,
 }
 
 #[derive(Debug)]
@@ -41,8 +45,14 @@ struct State {
     open: Result<(), String>,
     /// What is not used even so.
     refused: BTreeSet<Uuid>,
-    /// To be compared with the next good probe: at the start, and after the HSM was away.
+    /// To be compared with the next good probe: at the start, after the HSM was away, a while after it came to nothing.
     due: bool,
+    /// How the key pairs stood last.
+    signers: Vec<SignerFound>,
+    /// They are to prove themselves with the next good probe.
+    proof_due: bool,
+    /// How often that was put off: only the last time counts.
+    put_off: u64,
 }
 
 impl Guarded {
@@ -50,8 +60,11 @@ impl Guarded {
     #[must_use]
     pub fn new(vault: Arc<dyn Vault>, store: Arc<dyn Store>) -> Guarded {
         let open = Err("its keys have not been compared with the database yet".to_owned());
-        let state = RwLock::new(State { open, refused: BTreeSet::new(), due: true });
-        Guarded { shared: Arc::new(Shared { vault, store, state, comparing: Mutex::default() }) }
+        let refused = BTreeSet::new();
+        let signers = Vec::new();
+        let (proof_due, put_off) = (false, 0);
+        let state = RwLock::new(State { open, refused, due: true, signers, proof_due, put_off });
+        Guarded { shared: Arc::new(Shared { vault, store, state, comparing: Arc::default() }) }
     }
 
     /// Compares, and opens or closes.
@@ -59,11 +72,19 @@ impl Guarded {
     /// # Errors
     /// HSM or store do not answer. Then it stays as it was.
     pub async fn compare(&self) -> Result<(), ReconcileError> {
-        self.shared.compare().await
+        let turn = self.shared.comparing.clone().lock_owned().await;
+        self.shared.compare(turn).await
     }
 
     fn pass(&self) -> Result<(), VaultError> {
         self.shared.open().map_err(|cause| VaultError::Unavailable { cause })
+    }
+
+    /// Whether tokens and anchors can be signed: without, keys are used all the same, but this server is not ready.
+    fn can_sign(&self) -> Result<(), VaultError> {
+        let state = self.shared.state.read().unwrap_or_else(PoisonError::into_inner);
+        let lost = state.signers.iter().find(|one| !one.pair.signs());
+        lost.map_or(Ok(()), |one| Err(VaultError::Policy(report::signer_meaning(one))))
     }
 
     fn pass_for(&self, id: Uuid) -> Result<(), VaultError> {
@@ -88,18 +109,22 @@ impl Shared {
 
     fn is_due(&self) -> bool {
         let state = self.state.read().unwrap_or_else(PoisonError::into_inner);
-        state.due || state.open.is_err()
+        state.due
     }
 
-    async fn compare(&self) -> Result<(), ReconcileError> {
-        let _one = self.comparing.lock().await;
+    fn is_proof_due(&self) -> bool {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).proof_due
+    }
+
+    /// Holds `_turn` until it is done.
+    async fn compare(self: &Arc<Self>, _turn: OwnedMutexGuard<()>) -> Result<(), ReconcileError> {
         // Before the look: whoever loses the HSM meanwhile wants another one.
         self.change(|state| state.due = false);
         let found = compare(&*self.vault, &*self.store).await;
         let found = match found {
             Ok(found) => found,
             Err(error) => {
-                self.change(|state| state.due = true);
+                self.compare_later();
                 return Err(error);
             }
         };
@@ -107,9 +132,62 @@ impl Shared {
         if self.open() != open || open.is_ok() {
             report::log(&found);
         }
-        let kept = if open.is_ok() { self.keep(&found).await } else { Ok(()) };
-        self.change(|state| (state.open, state.refused) = (open, found.other_keys()));
-        kept
+        let opened = open.is_ok();
+        self.change(|state| {
+            (state.open, state.refused) = (open, found.other_keys());
+            state.signers.clone_from(&found.signing_keys);
+        });
+        self.prove_later(&found.signing_keys);
+        if opened {
+            // Served from already: thousands of check values are thousands of commits.
+            return self.keep(&found).await;
+        }
+        self.compare_later();
+        Ok(())
+    }
+
+    /// Has the key pairs sign, when they are to.
+    async fn prove(self: &Arc<Self>) -> Result<(), ReconcileError> {
+        self.change(|state| state.proof_due = false);
+        let found = signers(&*self.vault, &*self.store).await.inspect_err(|_| self.later(REST))?;
+        let mut news = false;
+        self.change(|state| {
+            news = state.signers != found;
+            state.signers.clone_from(&found);
+        });
+        if news {
+            report::log_signers(&found);
+        }
+        self.prove_later(&found);
+        Ok(())
+    }
+
+    fn prove_later(self: &Arc<Self>, found: &[SignerFound]) {
+        let good = found.iter().all(|one| one.pair.signs());
+        self.later(if good { PROVEN_FOR } else { REST });
+    }
+
+    fn later(self: &Arc<Self>, pause: Duration) {
+        let mut mine = 0;
+        self.change(|state| {
+            state.put_off += 1;
+            mine = state.put_off;
+        });
+        let shared = Arc::downgrade(self);
+        tokio::spawn(async move {
+            sleep(pause).await;
+            if let Some(shared) = shared.upgrade() {
+                shared.change(|state| state.proof_due |= state.put_off == mine);
+            }
+        });
+    }
+
+    fn compare_later(self: &Arc<Self>) {
+        let shared = self.clone();
+        tokio::spawn(async move {
+            sleep(REST).await;
+            shared.change(|state| state.due = true);
+        });
     }
 
     /// Keeps by what the keys are known again. Not where some are other keys: then the token is in doubt.
@@ -202,9 +280,14 @@ impl Vault for Guarded {
         self.shared.vault.random(len).await
     }
 
-    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+    async fn make_signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
         self.pass()?;
-        self.shared.vault.signing_key(id).await
+        self.shared.vault.make_signing_key(id).await
+    }
+
+    async fn public_half(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        self.pass()?;
+        self.shared.vault.public_half(id).await
     }
 
     async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError> {
@@ -222,28 +305,45 @@ impl Vault for Guarded {
         self.shared.vault.incomplete().await
     }
 
-    /// Also whether the keys are ours.
+    fn circuit(&self) -> Circuit {
+        self.shared.vault.circuit()
+    }
+
     async fn statistics(&self) -> Option<Statistics> {
         self.shared.vault.statistics().await
     }
 
+    /// Also whether the keys are ours, and those of this server still sign.
     async fn probe(&self) -> Result<(), VaultError> {
         let answers = self.shared.vault.probe().await;
         if answers.is_err() {
             self.shared.change(|state| state.due = true);
             return answers;
         }
-        if self.shared.is_due() {
+        // Of one that is under way already, the next probe hears.
+        if self.shared.is_due()
+            && let Ok(turn) = self.shared.comparing.clone().try_lock_owned()
+        {
             let shared = self.shared.clone();
             // A task of its own: it goes on when the one who waits for the probe has left.
             let comparison = tokio::spawn(async move {
-                if let Err(error) = shared.compare().await {
+                if let Err(error) = shared.compare(turn).await {
                     tracing::warn!("HSM and database cannot be compared: {error}");
                 }
             });
             // Where it takes longer, the next probe hears of it.
             let _ = timeout(PATIENCE, comparison).await;
         }
-        self.pass()
+        self.pass()?;
+        if self.shared.is_proof_due() {
+            let shared = self.shared.clone();
+            let proof = tokio::spawn(async move {
+                if let Err(error) = shared.prove().await {
+                    tracing::warn!("The keys that sign cannot be proven: {error}");
+                }
+            });
+            let _ = timeout(PATIENCE, proof).await;
+        }
+        self.can_sign()
     }
 }

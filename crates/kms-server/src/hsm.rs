@@ -4,33 +4,74 @@
 //! of the log is in its arguments, and everything else comes through its socket.
 
 use crate::config::{Config, Isolation};
-use crate::init::{open_vault, vault_settings};
+use crate::init::vault_settings;
 use kms_core::clock::{Clock, SystemClock};
-use kms_daemon::lifecycle::leave_signals_to_the_parent;
+use kms_core::secret::SecretText;
+use kms_daemon::lifecycle::{Shutdown, leave_signals_to_the_parent};
 use kms_daemon::memory;
+use kms_daemon::settings::read_secret;
 use kms_daemon::telemetry::{self, LogLevel};
+use kms_hsm::pkcs11::{Pin, Pkcs11Vault, Settings};
 use kms_hsm::process::{self, Isolated, Program};
 use kms_hsm::{Vault, VaultError};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The command of a worker.
 pub const WORKER: &str = "hsm-worker";
 
-/// The vault that the configuration names. Blocks until the first attempt to reach the HSM has ended.
+/// How often a file with a PIN is looked at.
+const PIN_INTERVAL: Duration = Duration::from_secs(2);
+
+/// The vault that the configuration names, which logs in with `pin`. Blocks until the first attempt to reach the HSM
+/// has ended.
 ///
 /// # Errors
-/// Library or PIN cannot be used.
-pub fn open(config: &Config) -> Result<Arc<dyn Vault>, VaultError> {
-    let wdek_version = config.operations.wdek_version;
+/// The library cannot be used.
+pub fn open(config: &Config, pin: &Pin) -> Result<Arc<dyn Vault>, VaultError> {
+    let settings = vault_settings(&config.hsm, config.operations.wdek_version);
+    let settings = Settings { pin: pin.clone(), ..settings };
     match config.hsm.isolation {
-        Isolation::None => Ok(Arc::new(open_vault(&config.hsm, wdek_version)?)),
-        Isolation::Process => {
-            let settings = vault_settings(&config.hsm, wdek_version);
-            Ok(Arc::new(Isolated::open(settings, program(config.log))?))
-        }
+        Isolation::None => Ok(Arc::new(Pkcs11Vault::open(settings)?)),
+        Isolation::Process => Ok(Arc::new(Isolated::open(settings, program(config.log))?)),
     }
+}
+
+/// Takes over what is written into `file`, until the shutdown. A file that cannot be used changes nothing.
+pub async fn watch_pin(pin: Pin, file: PathBuf, shutdown: Shutdown) {
+    let mut told: Option<String> = None;
+    loop {
+        tokio::select! {
+            () = shutdown.requested() => return,
+            () = tokio::time::sleep(PIN_INTERVAL) => {}
+        }
+        let (pin, path) = (pin.clone(), file.clone());
+        // On a thread of its own: a file system may hang, and a PIN that was refused before is known by a slow hash.
+        let read = tokio::task::spawn_blocking(move || take_over(&pin, &path)).await;
+        let cause = match read {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            // The panic is in the log already.
+            Err(_) => continue,
+        };
+        if let Some(cause) = cause.as_ref().filter(|cause| told.as_ref() != Some(cause)) {
+            tracing::error!(
+                "The PIN before stays in use, {} is of no use: {cause}",
+                file.display()
+            );
+        }
+        told = cause;
+    }
+}
+
+fn take_over(pin: &Pin, file: &Path) -> io::Result<()> {
+    let mut text = read_secret(file)?;
+    if pin.replace(SecretText::new(std::mem::take(&mut *text))) {
+        tracing::info!("The HSM's PIN is another one; the next login is made with it.");
+    }
+    Ok(())
 }
 
 /// The worker's whole life.

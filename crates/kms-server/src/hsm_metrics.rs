@@ -1,7 +1,7 @@
 //! What the vault counts of its HSM, as metrics. The vault counts where the calls are made, which may be in another
 //! process; here it is only shown.
 
-use kms_hsm::{BOUNDS, Statistics, Times};
+use kms_hsm::{BOUNDS, Circuit, Statistics, Times};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
@@ -14,18 +14,35 @@ use std::time::Duration;
 
 /// Cheap to clone: every clone shows the same numbers.
 #[derive(Debug, Clone, Default)]
-pub struct HsmMetrics(Arc<Mutex<Option<Statistics>>>);
+pub struct HsmMetrics(Arc<Mutex<Option<Seen>>>);
+
+/// What the last look at the vault has found.
+#[derive(Debug, Clone)]
+struct Seen {
+    circuit: Circuit,
+    counted: Option<Statistics>,
+}
 
 impl HsmMetrics {
-    pub fn take(&self, counted: Option<Statistics>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = counted;
+    pub fn take(&self, circuit: Circuit, counted: Option<Statistics>) {
+        let seen = Seen { circuit, counted };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(seen);
     }
 }
 
 impl Collector for HsmMetrics {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let counted = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        // Without an answer there is nothing to show: a gap says so, a zero would lie.
+        let seen = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(Seen { circuit, counted }) = seen else { return Ok(()) };
+        let help = "1 for what the breaker before the HSM is: closed (requests are let through), repairing (they wait), \
+                    open (they are refused at once), pin_refused";
+        let mut circuits =
+            encoder.encode_descriptor("hsm_circuit", help, None, MetricType::Gauge)?;
+        for state in Circuit::ALL {
+            let gauge = ConstGauge::new(i64::from(state == circuit));
+            gauge.encode(circuits.encode_family(&[("state", state.name())])?)?;
+        }
+        // Without an answer there is nothing more to show: a gap says so, a zero would lie.
         let Some(counted) = counted else { return Ok(()) };
         for (name, help, value) in [
             ("hsm_sessions_open", "Sessions that are open and logged in", counted.sessions),
@@ -97,18 +114,25 @@ mod tests {
             text
         };
         assert_eq!(text(), "# EOF\n");
+        shown.take(Circuit::Open, None);
+        let away = text();
+        assert!(away.contains("kms_server_hsm_circuit{state=\"open\"} 1\n"), "{away}");
+        assert!(away.contains("kms_server_hsm_circuit{state=\"closed\"} 0\n"), "{away}");
+        assert!(!away.contains("hsm_sessions"), "{away}");
         let mut times = Times { sum: Duration::from_millis(3), ..Times::default() };
         (times.counts[0], times.counts[16]) = (2, 1);
-        shown.take(Some(Statistics {
+        let counted = Statistics {
             functions: [("C_Encrypt".to_owned(), times)].into(),
             codes: [("CKR_DEVICE_ERROR".to_owned(), 4)].into(),
             sessions: 2,
             logins: 3,
             reconnects: 2,
             ..Statistics::default()
-        }));
+        };
+        shown.take(Circuit::Closed, Some(counted));
         let text = text();
         for sample in [
+            "kms_server_hsm_circuit{state=\"closed\"} 1\n",
             "kms_server_hsm_sessions_open 2\n",
             "kms_server_hsm_logins_total 3\n",
             "kms_server_hsm_reconnects_total 2\n",

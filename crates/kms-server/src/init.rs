@@ -91,7 +91,7 @@ pub fn vault_settings(hsm: &Hsm, wdek_version: WdekVersion) -> pkcs11::Settings 
     pkcs11::Settings {
         library: hsm.library.clone(),
         token: hsm.token.clone(),
-        pin: hsm.pin.clone().into(),
+        pin: hsm.remembered_pin(),
         sessions: hsm.sessions,
         queue: hsm.queue,
         deadline: hsm.deadline,
@@ -110,7 +110,7 @@ pub async fn fill(
     now: OffsetDateTime,
 ) -> Result<Made, InitError> {
     let id = random_uuid(vault).await?;
-    let signing_key = SigningKey { id, public: vault.signing_key(id).await?, created_at: now };
+    let signing_key = SigningKey { id, public: vault.make_signing_key(id).await?, created_at: now };
     let instance =
         Instance { id: random_uuid(vault).await?, name: "default".into(), created_at: now };
     let everywhere = Grant { role: Role::ClusterAdministrator, scope: Scope::Everywhere };
@@ -186,6 +186,7 @@ fn make_token_where_asked(hsm: &Hsm) -> Result<(), InitError> {
     match pkcs11::init_token(&hsm.library, label, &so_pin, &hsm.pin) {
         Ok(token) => {
             tracing::info!("Made {token}.");
+            hsm.remembered_pin().forget_refusals();
             Ok(())
         }
         Err(VaultError::Exists) => Ok(()),
@@ -203,5 +204,7 @@ fn record(instance: Uuid) -> Record {
         target: None,
         version: None,
         correlation: None,
+        peer: None,
+        count: None,
     }
 }

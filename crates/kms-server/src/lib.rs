@@ -4,11 +4,13 @@
 //! A request goes `http` → `policy` → `ops` → `store`, `kms_hsm::Vault`, `audit`, and back. Root keys are never in this
 //! process, and no answer leaves before its audit record is on disk.
 
+pub mod adopt;
 pub mod app;
 pub mod audit;
 pub mod backup;
 pub mod certificate;
 pub mod config;
+pub mod failures;
 pub mod gate;
 pub mod guard;
 pub mod health;
@@ -21,8 +23,10 @@ pub mod limits;
 pub mod listen;
 pub mod metrics;
 pub mod ops;
+mod patient;
 pub mod policy;
 pub mod reconcile;
+pub mod renew_key;
 pub mod report;
 pub mod restore;
 pub mod serve;

@@ -1,5 +1,5 @@
-//! How much of this server one peer, one instance and all of them together may take. What is too much is refused at
-//! once and cheaply: under overload the requests that are let in are still answered in time.
+//! How much of this server one peer, one instance and all of them together may take. What is too much is refused
+//! soon and cheaply: under overload the requests that are let in are still answered in time.
 
 use kms_core::clock::Clock;
 use std::collections::HashMap;
@@ -13,6 +13,8 @@ use uuid::Uuid;
 
 /// Instances whose rate is remembered. One that was quiet for a moment has nothing to remember.
 const MOST_BUCKETS: usize = 10_000;
+/// A connection can be refused twenty times a second, and no caller takes this for a late answer.
+const MOMENT: Duration = Duration::from_millis(50);
 
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +27,8 @@ pub struct Settings {
     pub requests: usize,
     /// Requests to the key API in one second, for each instance; 0: as many as come.
     pub rate_per_instance: u32,
+    /// How long a connection may wait for its next request, until the last byte of that request's head.
+    pub idle: Duration,
 }
 
 impl Default for Settings {
@@ -34,6 +38,8 @@ impl Default for Settings {
             connections_per_address: 256,
             requests: 256,
             rate_per_instance: 2000,
+            // Ours keep an idle connection for 90 s.
+            idle: Duration::from_secs(100),
         }
     }
 }
@@ -133,13 +139,18 @@ impl Limits {
         Ok(Place { open: self.open.clone(), address })
     }
 
-    /// Lets a request begin.
+    /// Lets a request begin, or refuses it, which takes a moment: whoever asks again as soon as it is refused would take
+    /// the processors from those who are served.
     ///
     /// # Errors
     /// `Requests`.
-    pub fn begin(&self) -> Result<Turn, TooMuch> {
-        let turn = self.requests.clone().try_acquire_owned();
-        turn.map(Turn).map_err(|_| self.refuse(TooMuch::Requests))
+    pub async fn begin(&self) -> Result<Turn, TooMuch> {
+        if let Ok(turn) = self.requests.clone().try_acquire_owned() {
+            return Ok(Turn(turn));
+        }
+        let why = self.refuse(TooMuch::Requests);
+        tokio::time::sleep(MOMENT).await;
+        Err(why)
     }
 
     /// Counts a request against the rate of `instance`. As many as come in one second may come at once.
@@ -228,7 +239,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kms_core::clock::ManualClock;
+    use kms_core::clock::{ManualClock, SystemClock};
 
     fn limits(settings: Settings) -> (Limits, Arc<ManualClock>) {
         let clock = Arc::new(ManualClock::new());
@@ -253,14 +264,16 @@ mod tests {
         assert_eq!(limits.refused().map(|(_, count)| count), [1, 1, 0, 0]);
     }
 
-    #[test]
-    fn requests_take_turns() {
+    #[tokio::test]
+    async fn requests_take_turns_and_a_refusal_takes_a_moment() {
         let (limits, _) = limits(Settings { requests: 1, ..Settings::default() });
-        let turn = limits.begin().unwrap();
-        assert_eq!(limits.begin().unwrap_err(), TooMuch::Requests);
+        let (clock, turn) = (SystemClock::new(), limits.begin().await.unwrap());
+        let began = clock.now();
+        assert_eq!(limits.begin().await.unwrap_err(), TooMuch::Requests);
+        assert!(clock.now() - began >= MOMENT);
         assert_eq!(limits.requests(), 1);
         drop(turn);
-        let _again = limits.begin().unwrap();
+        let _again = limits.begin().await.unwrap();
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! TLS listeners: connections, their limits, and the end of both. Which request means what is not known here.
 
 use crate::limits::{Limits, TooMuch};
+use crate::patient::Patient;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::Full;
@@ -11,6 +12,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use kms_daemon::lifecycle::Shutdown;
 use std::convert::Infallible;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -19,9 +21,8 @@ use tokio_rustls::TlsAcceptor;
 
 /// A peer that is slower than this does not hold a connection.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Counts between requests as well: longer than clients keep an idle connection (ours: 90 s), or they would lose
-/// requests to the closing of it.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(100);
+/// A peer that does not take its answer does not hold a connection either.
+const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// Ours has eight; behind two proxies they become twenty.
 const MAX_HEADERS: usize = 64;
 /// Request line and headers together: a token has 4 KiB at most.
@@ -31,7 +32,7 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long requests that run when the server ends may still take.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// Serves HTTP/1.1 over TLS until the shutdown is requested, then lets running requests end. `acceptor` is asked anew
+/// Serves HTTP/1.1, and no other version, over TLS until the shutdown is requested, then lets running requests end. `acceptor` is asked anew
 /// for each connection.
 pub async fn serve<H, F>(
     listener: TcpListener,
@@ -40,7 +41,7 @@ pub async fn serve<H, F>(
     handler: H,
     shutdown: Shutdown,
 ) where
-    H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
+    H: Fn(SocketAddr, Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
 {
     let mut connections = JoinSet::new();
@@ -60,6 +61,8 @@ pub async fn serve<H, F>(
                 continue;
             }
         };
+        // On a socket for both families IPv4 comes as IPv6: one peer has one name.
+        let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
         let place = match limits.connect(peer.ip()) {
             Ok(place) => place,
             Err(why) => {
@@ -71,7 +74,10 @@ pub async fn serve<H, F>(
             }
         };
         refusing = None;
-        let connection = connection(stream, acceptor(), handler.clone(), shutdown.clone());
+        let handler = handler.clone();
+        let handler = move |request| handler(peer, request);
+        let idle = limits.settings().idle;
+        let connection = connection(stream, acceptor(), idle, handler, shutdown.clone());
         connections.spawn(async move {
             connection.await;
             drop(place);
@@ -83,13 +89,21 @@ pub async fn serve<H, F>(
     }
 }
 
-async fn connection<H, F>(stream: TcpStream, acceptor: TlsAcceptor, handler: H, shutdown: Shutdown)
-where
+/// `idle` counts between requests and until a head is complete: an idle peer and one that sends a byte a second cost the
+/// same place among the connections.
+async fn connection<H, F>(
+    stream: TcpStream,
+    acceptor: TlsAcceptor,
+    idle: Duration,
+    handler: H,
+    shutdown: Shutdown,
+) where
     H: Fn(Request<Incoming>) -> F + Clone + Send + Sync + 'static,
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
 {
     // An answer is one small write: waiting to fill a segment would only delay it.
     let _ = stream.set_nodelay(true);
+    let stream = Patient::new(stream, SEND_TIMEOUT);
     let stream = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!("TLS handshake failed: {error}"),
@@ -102,7 +116,7 @@ where
     });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
+        .header_read_timeout(idle)
         .max_headers(MAX_HEADERS)
         .max_buf_size(MAX_HEAD)
         .serve_connection(TokioIo::new(stream), service);

@@ -7,10 +7,12 @@ use kms_daemon::lifecycle::{Shutdown, watch_signals};
 use kms_daemon::memory;
 use kms_daemon::telemetry;
 use kms_hsm::Vault;
+use kms_server::adopt::Adopt;
 use kms_server::app::App;
 use kms_server::audit::{Audit, node};
 use kms_server::backup::{backup, manifest_of};
 use kms_server::config::Config;
+use kms_server::failures::Failures;
 use kms_server::gate::Gates;
 use kms_server::guard::Guarded;
 use kms_server::health::Health;
@@ -20,18 +22,20 @@ use kms_server::issuers::Issuers;
 use kms_server::limits::Limits;
 use kms_server::metrics::Metrics;
 use kms_server::reconcile::{Comparison, compare};
+use kms_server::renew_key::{self, Signs};
 use kms_server::serve::{self, Listeners};
 use kms_server::store::{SigningKey, SqliteStore, Store};
 use kms_server::tls::Tls;
 use kms_server::token::Issuer;
 use kms_server::uses::Uses;
-use kms_server::{report, restore};
+use kms_server::{adopt, report, restore};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::sync::Notify;
+use uuid::Uuid;
 
 /// The key management service of Keelson.
 #[derive(Debug, Parser)]
@@ -80,6 +84,28 @@ enum Command {
         #[arg(short, long, value_enum, default_value_t = Output::Text)]
         output: Output,
     },
+    /// Make a new key pair in the place of one that the HSM has lost and no backup holds. Stop every server on this
+    /// database first. One that is good is left as it is.
+    RenewKey {
+        /// What the lost key signs.
+        #[arg(value_enum)]
+        signs: Signs,
+    },
+    /// Give a version that the HSM holds and a restored database does not know (`extra`) back to its key, so that what
+    /// it wrapped opens again. It never wraps. Stop the server that writes this audit log first.
+    Adopt {
+        /// The key that it belonged to; the audit log says so.
+        #[arg(long, value_name = "UUID")]
+        key: Uuid,
+        #[arg(long, value_name = "UUID")]
+        version: Uuid,
+        /// A file with a wrapped DEK of this version, as the key service gave it: the proof.
+        #[arg(long, value_name = "FILE")]
+        wdek: PathBuf,
+        /// The associated data that it was wrapped with, in that order.
+        #[arg(long)]
+        aad: Vec<String>,
+    },
     /// The process that has the HSM's library in it. The service starts it itself.
     #[command(name = hsm::WORKER, hide = true)]
     HsmWorker {
@@ -124,6 +150,14 @@ async fn run(cli: &Cli) -> Result<ExitCode, Failure> {
         Some(Command::Restore { from, check, output }) => {
             return restore(cli, from, *check, *output).await;
         }
+        Some(Command::RenewKey { signs }) => renew(cli, *signs).await?,
+        Some(Command::Adopt { key, version, wdek, aad }) => {
+            let ciphertext = std::fs::read_to_string(wdek)
+                .map_err(|error| format!("{}: {error}", wdek.display()))?;
+            let ciphertext = ciphertext.trim().to_owned();
+            let asked = Adopt { key: *key, version: *version, ciphertext, aad: aad.clone() };
+            adopt(cli, asked).await?;
+        }
         _ => serve(cli).await?,
     }
     Ok(ExitCode::SUCCESS)
@@ -151,7 +185,7 @@ async fn check(cli: &Cli, output: Output) -> Result<ExitCode, Failure> {
     let config = Config::load(&cli.config)?;
     clock(&config)?;
     let store = SqliteStore::open_to_read(&config.server.database).await?;
-    let vault = hsm::open(&config)?;
+    let vault = hsm::open(&config, &config.hsm.remembered_pin())?;
     let found = compare(&*vault, &store).await?;
     Ok(show(&found, output))
 }
@@ -167,12 +201,13 @@ async fn back_up(cli: &Cli, to: &Path) -> Result<(), Failure> {
 async fn restore(cli: &Cli, from: &Path, check: bool, output: Output) -> Result<ExitCode, Failure> {
     let config = Config::load(&cli.config)?;
     clock(&config)?;
-    let vault = hsm::open(&config)?;
-    let found = restore::restore(&*vault, from, &config.server.database, check).await?;
-    if !check && found.verdict().is_ok() {
+    let vault = hsm::open(&config, &config.hsm.remembered_pin())?;
+    let restored = restore::restore(&*vault, from, &config.server.database, check).await?;
+    if !check && restored.found.verdict().is_ok() {
         eprintln!("{} is restored.", config.server.database.display());
     }
-    Ok(show(&found, output))
+    eprint!("{}", restored.notes());
+    Ok(show(&restored.found, output))
 }
 
 fn show(found: &Comparison, output: Output) -> ExitCode {
@@ -181,6 +216,34 @@ fn show(found: &Comparison, output: Output) -> ExitCode {
         Output::Json => println!("{}", report::json(found)),
     }
     ExitCode::from(report::ending(found).code())
+}
+
+async fn renew(cli: &Cli, signs: Signs) -> Result<(), Failure> {
+    let config = Config::load(&cli.config)?;
+    let clock = clock(&config)?;
+    let (store, _) = store(&config).await?;
+    let audit = audit(&config, &*store, clock.clone()).await?;
+    let vault = hsm::open(&config, &config.hsm.remembered_pin())?;
+    let done = renew_key::renew(&*vault, &*store, &audit, signs, clock.wall().into()).await;
+    store.close().await;
+    let done = done?;
+    println!("{} is in the place of {}.", done.new, done.old);
+    println!("{} is what the old key is checked with: keep it.", done.old_public.display());
+    Ok(())
+}
+
+async fn adopt(cli: &Cli, asked: Adopt) -> Result<(), Failure> {
+    let config = Config::load(&cli.config)?;
+    let clock = clock(&config)?;
+    let (store, _) = store(&config).await?;
+    let audit = audit(&config, &*store, clock.clone()).await?;
+    let vault = hsm::open(&config, &config.hsm.remembered_pin())?;
+    let (key, version) = (asked.key, asked.version);
+    let done = adopt::adopt(&*vault, &*store, &audit, asked, clock.wall().into()).await;
+    store.close().await;
+    done?;
+    println!("What version {version} of key {key} has wrapped can be unwrapped.");
+    Ok(())
 }
 
 async fn serve(cli: &Cli) -> Result<(), Failure> {
@@ -192,7 +255,8 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     }
     let tls = Tls::open(config.server.tls.clone())?;
     let (store, signing_key) = store(&config).await?;
-    let vault = Arc::new(Guarded::new(hsm::open(&config)?, store.clone()));
+    let pin = config.hsm.remembered_pin();
+    let vault = Arc::new(Guarded::new(hsm::open(&config, &pin)?, store.clone()));
     let audit = audit(&config, &*store, clock.clone()).await?;
     let app = Arc::new(assemble(&config, clock, store, vault, signing_key, audit)?);
     let listeners = bind(&config).await?;
@@ -200,6 +264,9 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     watch_signals(shutdown.clone(), Arc::new(Notify::new()))?;
     tracing::info!("The key service is started on {}.", config.server.keys_address);
     tracing::info!("The token service is started on {}.", config.server.tokens_address);
+    if let Some(file) = config.hsm.pin_file {
+        tokio::spawn(hsm::watch_pin(pin, file, shutdown.clone()));
+    }
     serve::serve(app, listeners, tls, shutdown).await;
     Ok(())
 }
@@ -257,6 +324,7 @@ fn assemble(
         issuer,
         issuers,
         limits: Limits::new(config.server.limits, clock.clone()),
+        failures: Failures::default(),
         clock,
         settings: config.operations,
         metrics: {

@@ -3,11 +3,14 @@
 //!
 //! Never a label here: a key, a token, an id, or anything else that a caller chooses.
 
+use crate::audit::Lag;
+use crate::failures::Cause;
 use crate::health::Parts;
 use crate::hsm_metrics::HsmMetrics;
 use crate::limits::{self, TooMuch};
+use crate::uses;
 use kms_core::crypto_module::CryptoModule;
-use kms_hsm::Statistics;
+use kms_hsm::{Circuit, Statistics};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -16,7 +19,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 type Labels = [(&'static str, &'static str); 1];
@@ -27,7 +30,10 @@ pub struct Metrics {
     hsm: HsmMetrics,
     hsm_versions: Gauge,
     hsm_capacity: Gauge,
+    gcm_uses: Gauge,
+    gcm_uses_max: Gauge,
     answers: Family<Answered, Counter>,
+    rewraps_failed: Counter,
     answer_seconds: Family<Labels, Histogram, fn() -> Histogram>,
     ready: Gauge,
     part_ready: Family<Labels, Gauge>,
@@ -35,11 +41,16 @@ pub struct Metrics {
     requests: Gauge,
     limits: Family<Labels, Gauge>,
     refused: Family<Labels, Counter>,
+    logins_refused: Family<Labels, Counter>,
     audit_records: Family<Labels, Counter>,
     audit_seconds: Histogram,
     audit_syncs: Counter,
+    audit_sync_seconds: Histogram,
+    audit_waiting: Gauge,
+    audit_oldest: Gauge<f64, AtomicU64>,
     audit_anchors: Family<Labels, Counter>,
     audit_anchored_at: Gauge,
+    audit_unanchored: Gauge,
     certificate_ends: Gauge,
     certificate_reloads: Family<Labels, Counter>,
 }
@@ -58,6 +69,7 @@ pub struct Snapshot {
     pub limits: limits::Settings,
     pub refused: [(TooMuch, u64); 4],
     pub audit_syncs: u64,
+    pub audit: Lag,
     pub certificate_ends: Option<SystemTime>,
 }
 
@@ -70,7 +82,10 @@ impl Metrics {
             hsm: HsmMetrics::default(),
             hsm_versions: Gauge::default(),
             hsm_capacity: Gauge::default(),
+            gcm_uses: Gauge::default(),
+            gcm_uses_max: Gauge::default(),
             answers: Family::default(),
+            rewraps_failed: Counter::default(),
             answer_seconds: Family::new_with_constructor(milliseconds_to_seconds),
             ready: Gauge::default(),
             part_ready: Family::default(),
@@ -78,11 +93,16 @@ impl Metrics {
             requests: Gauge::default(),
             limits: Family::default(),
             refused: Family::default(),
+            logins_refused: Family::default(),
             audit_records: Family::default(),
             audit_seconds: milliseconds_to_seconds(),
             audit_syncs: Counter::default(),
+            audit_sync_seconds: milliseconds_to_seconds(),
+            audit_waiting: Gauge::default(),
+            audit_oldest: Gauge::default(),
             audit_anchors: Family::default(),
             audit_anchored_at: Gauge::default(),
+            audit_unanchored: Gauge::default(),
             certificate_ends: Gauge::default(),
             certificate_reloads: Family::default(),
         };
@@ -125,6 +145,11 @@ impl Metrics {
     fn add_requests(&mut self) {
         let registry = &mut self.registry;
         registry.register("answers", "Answers by action and HTTP status", self.answers.clone());
+        registry.register(
+            "rewraps_failed",
+            "DEKs that were unwrapped and could not be wrapped by the active version, which is newer",
+            self.rewraps_failed.clone(),
+        );
         registry.register_with_unit(
             "answer",
             "From the last header of a request to its answer, by action",
@@ -143,6 +168,11 @@ impl Metrics {
             "Connections and requests that were refused, by the limit they met",
             self.refused.clone(),
         );
+        registry.register(
+            "logins_refused",
+            "Requests for a token that got none, by cause: api_key, token, issuer_away",
+            self.logins_refused.clone(),
+        );
     }
 
     /// All the others of the HSM are in `hsm_metrics`.
@@ -157,6 +187,17 @@ impl Metrics {
             "hsm_versions_max",
             "KEY_CAPACITY: the versions that the HSM has room for; 0 where it is not set",
             self.hsm_capacity.clone(),
+        );
+        registry.register(
+            "gcm_uses",
+            "Wraps with AES-GCM that are reserved of the version of a key that has most of them",
+            self.gcm_uses.clone(),
+        );
+        self.gcm_uses_max.set(i64::try_from(uses::LIMIT).unwrap_or(i64::MAX));
+        registry.register(
+            "gcm_uses_max",
+            "Wraps with AES-GCM that one version of a key may make",
+            self.gcm_uses_max.clone(),
         );
         registry.register_collector(Box::new(self.hsm.clone()));
     }
@@ -179,6 +220,23 @@ impl Metrics {
             "Syncs of the audit log to disk; one takes all the records that wait",
             self.audit_syncs.clone(),
         );
+        registry.register_with_unit(
+            "audit_sync",
+            "How long the disk took for one sync",
+            Unit::Seconds,
+            self.audit_sync_seconds.clone(),
+        );
+        registry.register(
+            "audit_waiting_records",
+            "Records that are not durable yet; their answers wait",
+            self.audit_waiting.clone(),
+        );
+        registry.register_with_unit(
+            "audit_oldest_waiting",
+            "How long the first of the waiting records has waited",
+            Unit::Seconds,
+            self.audit_oldest.clone(),
+        );
         registry.register(
             "audit_anchors",
             "Anchors of the audit log by what came of them: written, failed",
@@ -189,11 +247,24 @@ impl Metrics {
             "When the last anchor was written, in seconds since 1970; 0 before the first",
             self.audit_anchored_at.clone(),
         );
+        registry.register(
+            "audit_unanchored_records",
+            "Durable records that no anchor covers yet",
+            self.audit_unanchored.clone(),
+        );
     }
 
     pub fn answered(&self, action: &'static str, status: u16, took: Duration) {
         self.answers.get_or_create(&Answered { action, status: u32::from(status) }).inc();
         self.answer_seconds.get_or_create(&[("action", action)]).observe(took.as_secs_f64());
+    }
+
+    pub fn rewrap_failed(&self) {
+        self.rewraps_failed.inc();
+    }
+
+    pub fn login_refused(&self, cause: Cause) {
+        self.logins_refused.get_or_create(&[("cause", cause.name())]).inc();
     }
 
     pub fn ready(&self, parts: &Parts) {
@@ -205,8 +276,13 @@ impl Metrics {
     }
 
     /// What the HSM was asked, and how it is; `None` while nobody can say.
-    pub fn hsm(&self, counted: Option<Statistics>) {
-        self.hsm.take(counted);
+    pub fn hsm(&self, circuit: Circuit, counted: Option<Statistics>) {
+        self.hsm.take(circuit, counted);
+    }
+
+    /// The most uses with AES-GCM that one version has, of [`uses::LIMIT`].
+    pub fn gcm_uses(&self, most: u64) {
+        self.gcm_uses.set(i64::try_from(most).unwrap_or(i64::MAX));
     }
 
     /// How many versions of keys there are in the HSM.
@@ -224,6 +300,12 @@ impl Metrics {
         let outcome = if durable { "durable" } else { "failed" };
         self.audit_records.get_or_create(&[("outcome", outcome)]).inc();
         self.audit_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Where the audit log shows how long syncs take.
+    #[must_use]
+    pub fn audit_sync_seconds(&self) -> Histogram {
+        self.audit_sync_seconds.clone()
     }
 
     /// An anchor is in the audit log, or is late.
@@ -270,6 +352,9 @@ impl Metrics {
             refused.inner().store(refusals, Ordering::Relaxed);
         }
         self.audit_syncs.inner().store(now.audit_syncs, Ordering::Relaxed);
+        self.audit_waiting.set(count(now.audit.waiting));
+        self.audit_oldest.set(now.audit.oldest.as_secs_f64());
+        self.audit_unanchored.set(i64::try_from(now.audit.unanchored).unwrap_or(i64::MAX));
         let ends = now.certificate_ends.and_then(|end| end.duration_since(UNIX_EPOCH).ok());
         let ends = ends.map_or(0, |end| i64::try_from(end.as_secs()).unwrap_or(i64::MAX));
         self.certificate_ends.set(ends);

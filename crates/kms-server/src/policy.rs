@@ -218,7 +218,7 @@ pub enum Credential {
 }
 
 /// One of the secrets that an API key has had: 1 is its first generation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ApiKeySecret {
     pub api_key: Uuid,
     pub generation: u32,

@@ -39,14 +39,34 @@ pub enum Standing {
     NeverMade,
 }
 
-/// How it is with a key pair of this server.
+/// A key pair of this server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SignerFound {
     pub id: Uuid,
     /// What it signs.
     pub signs: &'static str,
-    /// The HSM holds the very pair.
-    pub good: bool,
+    pub pair: Pair,
+}
+
+/// How it is with a key pair. Its public numbers are in the database: what it signs is checked with those.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pair {
+    /// The HSM holds both halves.
+    Good,
+    /// The HSM signs with it, and shows no public half, or another one. Nothing depends on that half.
+    NoPublicHalf,
+    /// The HSM signs with another key under this name.
+    OtherKey,
+    /// The HSM does not hold the private half.
+    Lost,
+}
+
+impl Pair {
+    /// Whether what it signs is good.
+    #[must_use]
+    pub fn signs(self) -> bool {
+        matches!(self, Self::Good | Self::NoPublicHalf)
+    }
 }
 
 /// Why they could not be compared.
@@ -58,6 +78,15 @@ pub enum ReconcileError {
     Store(#[from] StoreError),
 }
 
+/// What the key pairs sign.
+pub const TOKENS: &str = "tokens";
+pub const ANCHORS: &str = "audit anchors";
+
+const PROOF: &[u8] = b"kms-server start";
+
+/// How many versions are looked at together. On an HSM across a network each look is a journey of its own.
+const AT_ONCE: usize = 4;
+
 /// Looks at every version and every key pair.
 ///
 /// # Errors
@@ -68,27 +97,33 @@ pub async fn compare(vault: &dyn Vault, store: &dyn Store) -> Result<Comparison,
     let held: BTreeSet<Uuid> = vault.versions().await?.into_iter().collect();
     let incomplete = vault.incomplete().await?;
     let ids: BTreeSet<Uuid> = known.iter().map(|one| one.version).collect();
-    let mut versions = Vec::with_capacity(known.len());
-    for one in known {
-        versions.push((one, standing(vault, &one, held.contains(&one.version)).await?));
-    }
-    let mut signing_keys = Vec::new();
-    for (signs, key) in
-        [("tokens", store.signing_key().await?), ("audit anchors", store.audit_key().await?)]
-    {
-        if let Some(key) = key {
-            let good = is_held(vault, &key).await?;
-            signing_keys.push(SignerFound { id: key.id, signs, good });
-        }
-    }
+    let versions = standings(vault, &known, &held).await?;
     Ok(Comparison {
         serial: vault.serial(),
         seen_in: store.token_serial().await?,
         versions,
-        signing_keys,
+        signing_keys: signers(vault, store).await?,
         incomplete,
         unknown: held.difference(&ids).copied().collect(),
     })
+}
+
+/// Has every key pair sign once, and checks the signature with the numbers that the database keeps.
+///
+/// # Errors
+/// HSM or store do not answer.
+pub async fn signers(
+    vault: &dyn Vault,
+    store: &dyn Store,
+) -> Result<Vec<SignerFound>, ReconcileError> {
+    let mut found = Vec::new();
+    for (signs, key) in [(TOKENS, store.signing_key().await?), (ANCHORS, store.audit_key().await?)]
+    {
+        if let Some(key) = key {
+            found.push(SignerFound { id: key.id, signs, pair: pair(vault, &key).await? });
+        }
+    }
+    Ok(found)
 }
 
 impl Comparison {
@@ -100,7 +135,7 @@ impl Comparison {
         let of = |wanted: fn(&Standing) -> bool| self.count(wanted);
         let good = of(|one| matches!(one, Standing::Good | Standing::Unproven(_)));
         let (lost, other) = (self.count(is_lost), self.count(is_other));
-        let signer = self.signing_keys.iter().all(|one| one.good);
+        let signer = self.signing_keys.iter().all(|one| one.pair.signs());
         if good > 0 || (lost + other == 0 && signer) {
             return Ok(());
         }
@@ -134,14 +169,17 @@ impl Comparison {
     #[must_use]
     pub fn is_bad(&self) -> bool {
         self.count(is_lost) + self.count(is_other) > 0
-            || self.signing_keys.iter().any(|one| !one.good)
+            || self.signing_keys.iter().any(|one| !one.pair.signs())
     }
 
-    /// Whether there is something that nothing uses.
+    /// Whether there is something that nothing uses, or that nothing misses.
     #[must_use]
     pub fn has_leftovers(&self) -> bool {
         let left = |one: &Standing| matches!(one, Standing::Unfinished | Standing::NeverMade);
-        !self.incomplete.is_empty() || !self.unknown.is_empty() || self.count(left) > 0
+        !self.incomplete.is_empty()
+            || !self.unknown.is_empty()
+            || self.count(left) > 0
+            || self.signing_keys.iter().any(|one| one.pair == Pair::NoPublicHalf)
     }
 
     /// How many versions stand so.
@@ -157,6 +195,27 @@ fn is_lost(standing: &Standing) -> bool {
 
 fn is_other(standing: &Standing) -> bool {
     *standing == Standing::OtherKey
+}
+
+/// In the order of `known`.
+async fn standings(
+    vault: &dyn Vault,
+    known: &[KnownVersion],
+    held: &BTreeSet<Uuid>,
+) -> Result<Vec<(KnownVersion, Standing)>, VaultError> {
+    let mut shares = known.chunks(known.len().div_ceil(AT_ONCE).max(1));
+    let mut share = || {
+        let share = shares.next().unwrap_or_default();
+        async move {
+            let mut found = Vec::with_capacity(share.len());
+            for one in share {
+                found.push((*one, standing(vault, one, held.contains(&one.version)).await?));
+            }
+            Ok::<_, VaultError>(found)
+        }
+    };
+    let (first, second, third, fourth) = tokio::try_join!(share(), share(), share(), share())?;
+    Ok([first, second, third, fourth].concat())
 }
 
 async fn standing(
@@ -183,11 +242,17 @@ async fn standing(
     })
 }
 
-/// `sign` never makes a key, so it tells whether there is one without changing anything.
-async fn is_held(vault: &dyn Vault, known: &SigningKey) -> Result<bool, VaultError> {
-    match vault.sign(known.id, b"kms-server start").await {
-        Ok(_) => Ok(vault.signing_key(known.id).await? == known.public),
-        Err(VaultError::NotFound) => Ok(false),
+/// Nothing is made and nothing is changed. What is signed could be neither a token nor an anchor.
+pub async fn pair(vault: &dyn Vault, known: &SigningKey) -> Result<Pair, VaultError> {
+    match vault.sign(known.id, PROOF).await {
+        Ok(signature) if known.public.verifies(PROOF, &signature) => {}
+        Ok(_) => return Ok(Pair::OtherKey),
+        Err(VaultError::NotFound) => return Ok(Pair::Lost),
+        Err(other) => return Err(other),
+    }
+    match vault.public_half(known.id).await {
+        Ok(public) if public == known.public => Ok(Pair::Good),
+        Ok(_) | Err(VaultError::NotFound) => Ok(Pair::NoPublicHalf),
         Err(other) => Err(other),
     }
 }

@@ -1,6 +1,6 @@
 //! A comparison of HSM and database in words, key by key: for the log, for people, for programs.
 
-use crate::reconcile::{Comparison, Standing};
+use crate::reconcile::{Comparison, Pair, SignerFound, Standing, TOKENS};
 use crate::store::KnownVersion;
 use kms_hsm::CheckValue;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ use std::fmt::Write;
 pub enum Ending {
     /// HSM and database hold the same keys.
     Same,
-    /// There is something that nothing uses. Nothing is lost.
+    /// There is something that nothing uses, or misses. Nothing is lost.
     Leftovers,
     /// Something is missing, or is another key: restore the HSM's backup.
     Bad,
@@ -53,13 +53,7 @@ pub fn log(found: &Comparison) {
             }
         }
     }
-    for one in found.signing_keys.iter().filter(|one| !one.good) {
-        tracing::error!(
-            "The HSM does not hold the key {} that signs {}. {RESTORE}",
-            one.id,
-            one.signs
-        );
-    }
+    log_signers(&found.signing_keys);
     for id in &found.incomplete {
         tracing::warn!("version {id}: {INCOMPLETE}");
     }
@@ -70,6 +64,41 @@ pub fn log(found: &Comparison) {
         Ending::Same => tracing::info!("HSM and database hold the same keys."),
         Ending::Leftovers | Ending::Bad => {
             tracing::warn!("`kms-server check` shows HSM and database key by key.");
+        }
+    }
+}
+
+/// The same of key pairs alone.
+pub fn log_signers(found: &[SignerFound]) {
+    for one in found {
+        match one.pair {
+            Pair::Good => {}
+            Pair::NoPublicHalf => tracing::warn!("{}", signer_meaning(one)),
+            Pair::OtherKey | Pair::Lost => tracing::error!("{}", signer_meaning(one)),
+        }
+    }
+}
+
+/// How it is with a key pair that is not as it should be, and what to do.
+#[must_use]
+pub fn signer_meaning(one: &SignerFound) -> String {
+    let SignerFound { id, signs, pair } = one;
+    let command = if *signs == TOKENS { "tokens" } else { "anchors" };
+    let renew = format!(
+        "{RESTORE} Where no backup has it, `kms-server renew-key {command}` makes a new one."
+    );
+    match pair {
+        Pair::Good => format!("The HSM holds the key {id} that signs {signs}."),
+        Pair::NoPublicHalf => format!(
+            "The HSM does not show the public half of the key {id} that signs {signs}. Nothing needs it, its numbers \
+             are in the database: what was signed and will be stays good. Find out who or what has removed it; it is \
+             in the HSM's backup."
+        ),
+        Pair::OtherKey => {
+            format!("The HSM holds another key in the place of {id}, which signs {signs}. {renew}")
+        }
+        Pair::Lost => {
+            format!("The HSM does not hold the private key {id} that signs {signs}. {renew}")
         }
     }
 }
@@ -87,6 +116,9 @@ pub fn text(found: &Comparison) -> String {
         let _ = writeln!(text, "REFUSED: {cause}.");
     } else if found.is_bad() {
         let _ = writeln!(text, "{RESTORE}");
+    }
+    for one in found.signing_keys.iter().filter(|one| one.pair != Pair::Good) {
+        let _ = writeln!(text, "{}", signer_meaning(one));
     }
     if found.has_leftovers() {
         let _ = writeln!(text, "What nothing uses is left where it is; nothing is ever deleted.");
@@ -108,7 +140,7 @@ pub fn json(found: &Comparison) -> String {
     });
     let ids = |ids: &[uuid::Uuid]| -> Vec<String> { ids.iter().map(ToString::to_string).collect() };
     let signers = found.signing_keys.iter().map(
-        |one| json!({"id": one.id.to_string(), "signs": one.signs, "state": signer(one.good)}),
+        |one| json!({"id": one.id.to_string(), "signs": one.signs, "state": signer(one.pair)}),
     );
     json!({
         "token": {"serial": found.serial, "seen_in": found.seen_in},
@@ -140,7 +172,7 @@ fn lines(found: &Comparison) -> Vec<(&'static str, String)> {
     let versions = found.versions.iter().map(|(at, is)| (name(*is), known(at)));
     let signers = found.signing_keys.iter();
     versions
-        .chain(signers.map(|one| (signer(one.good), format!("key {} for {}", one.id, one.signs))))
+        .chain(signers.map(|one| (signer(one.pair), format!("key {} for {}", one.id, one.signs))))
         .chain(found.incomplete.iter().map(|id| ("incomplete", format!("version {id}"))))
         .chain(found.unknown.iter().map(|id| ("extra", format!("version {id}"))))
         .collect()
@@ -170,8 +202,13 @@ fn name(standing: Standing) -> &'static str {
     }
 }
 
-fn signer(good: bool) -> &'static str {
-    if good { "ok" } else { "missing" }
+fn signer(pair: Pair) -> &'static str {
+    match pair {
+        Pair::Good => "ok",
+        Pair::NoPublicHalf => "no public half",
+        Pair::OtherKey => "wrong key",
+        Pair::Lost => "missing",
+    }
 }
 
 fn meaning(standing: Standing) -> &'static str {

@@ -1,10 +1,15 @@
 //! `kms-server restore`: puts a backup of the database in the place of one that is gone, once the token was seen to
-//! hold its keys. A database that is there is never overwritten, and the token is only looked at.
+//! hold its keys. Nothing that is there is ever overwritten, and the token is only looked at.
+//!
+//! The database appears under its name whole, checked and on disk, or not at all; whatever a crash leaves lies under
+//! another name, and the next restore clears it away.
 
-use crate::backup::{BackupError, failed, half, publish, remove, verify};
-use crate::reconcile::{Comparison, ReconcileError, compare};
-use crate::store::{SqliteStore, Store, StoreError};
+use crate::backup::{BackupError, clear, failed, half, publish, verify};
+use crate::reconcile::{Comparison, ReconcileError, Standing, compare};
+use crate::store::{SqliteStore, Store, StoreError, sides};
+use crate::uses;
 use kms_hsm::Vault;
+use std::fmt::Write;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -13,16 +18,32 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
     #[error(
-        "{} is there already, and a restore never overwrites a database. Move it away, or name another DATABASE_URL",
+        "{} is there already, and a restore never overwrites a database. Move it away together with its -wal and -shm, or \
+         name another DATABASE_URL",
         .0.display()
     )]
     Exists(PathBuf),
+    /// SQLite would take it for a part of the backup.
+    #[error(
+        "{} is there and belongs to the database that was there before: it may hold what that database was told last. \
+         Move it away together with that database, under a name that ends alike",
+        .0.display()
+    )]
+    Side(PathBuf),
     #[error(transparent)]
     Backup(#[from] BackupError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("the backup cannot be compared with the token: {0}")]
     Compare(#[from] ReconcileError),
+}
+
+/// What a restore found.
+#[derive(Debug)]
+pub struct Restored {
+    pub found: Comparison,
+    /// When the backup was made.
+    pub made: String,
 }
 
 /// Compares the backup `from` with the token, and unless `check` puts it in the place of `database` when the token
@@ -35,32 +56,83 @@ pub async fn restore(
     from: &Path,
     database: &Path,
     check: bool,
-) -> Result<Comparison, RestoreError> {
-    if !check && database.exists() {
-        return Err(RestoreError::Exists(database.to_owned()));
+) -> Result<Restored, RestoreError> {
+    if !check {
+        is_free(database)?;
     }
-    verify(from)?;
+    let made = verify(from)?;
     let half = half(if check { from } else { database });
-    let found = look(vault, from, &half).await;
-    let wanted = !check && found.as_ref().is_ok_and(|found| found.verdict().is_ok());
-    let placed = if wanted { publish(&half, database) } else { Ok(()) };
-    for side in ["", "-wal", "-shm"] {
-        let mut name = half.clone().into_os_string();
-        name.push(side);
-        remove(Path::new(&name))?;
-    }
-    placed?;
-    found
+    clear(&half)?;
+    let restored = place(vault, from, &half, (!check).then_some(database)).await;
+    clear(&half)?;
+    Ok(Restored { found: restored?, made })
 }
 
-/// On a copy: a backup of an older server is brought up to date there, and stays as it is itself.
-async fn look(vault: &dyn Vault, from: &Path, half: &Path) -> Result<Comparison, RestoreError> {
-    remove(half)?;
+/// By way of `half`.
+async fn place(
+    vault: &dyn Vault,
+    from: &Path,
+    half: &Path,
+    database: Option<&Path>,
+) -> Result<Comparison, RestoreError> {
     copy_private(from, half)?;
+    // On a copy: a backup of an older server is brought up to date there, and stays as it is itself.
     let store = SqliteStore::open(half, false).await?;
     let found = compare(vault, &store).await;
+    let margin = store.add_gcm_uses(uses::RESTORE_MARGIN, uses::LIMIT).await;
+    // Folds the write-ahead log into the one file.
     store.close().await;
-    Ok(found?)
+    let (found, ()) = (found?, margin?);
+    SqliteStore::inspect(half).await?;
+    if let (Some(database), Ok(())) = (database, found.verdict()) {
+        is_free(database)?;
+        publish(half, database)?;
+    }
+    Ok(found)
+}
+
+impl Restored {
+    /// What no comparison tells: how the backup differs from what was there after it.
+    #[must_use]
+    pub fn notes(&self) -> String {
+        let Restored { found, made } = self;
+        let mut text = format!(
+            "The backup is of {made}. Whatever was destroyed, disabled, revoked or given since is as it was then:\n  \
+             kmsctl audit query AUDIT_FILE --since {made} --action delete_key\n\
+             and so with disable_key, delete_api_key, lock_api_key, rotate_api_key, delete_policy: do it again.\n"
+        );
+        let versions = found.versions.iter();
+        let lost = versions.filter(|(_, standing)| *standing == Standing::Lost);
+        for (at, _) in lost {
+            let _ = writeln!(
+                text,
+                "Version {} of key {} is in the backup and not in the token: it was destroyed there since, or the token's \
+                 own backup is older. It is not served.",
+                at.version, at.key
+            );
+        }
+        for id in &found.unknown {
+            let _ = writeln!(
+                text,
+                "Version {id} is in the token and not in the backup: it was made since. What it wrapped cannot be \
+                 unwrapped with this database. `kms-server adopt` gives it back to its key."
+            );
+        }
+        text
+    }
+}
+
+/// Neither the database is there nor what SQLite would take for a part of it.
+fn is_free(database: &Path) -> Result<(), RestoreError> {
+    // A link that leads nowhere is somebody's, too.
+    let there = |path: &Path| path.symlink_metadata().is_ok();
+    if there(database) {
+        return Err(RestoreError::Exists(database.to_owned()));
+    }
+    match sides(database).into_iter().find(|side| there(side)) {
+        Some(side) => Err(RestoreError::Side(side)),
+        None => Ok(()),
+    }
 }
 
 fn copy_private(from: &Path, to: &Path) -> Result<(), BackupError> {

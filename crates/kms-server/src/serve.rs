@@ -2,10 +2,12 @@
 
 use crate::app::App;
 use crate::audit::anchors::Anchors;
+use crate::failures;
 use crate::health::{ClockWatch, Parts};
 use crate::http;
 use crate::listen;
 use crate::metrics::Snapshot;
+use crate::ops::issue_token::record_failures;
 use crate::tls::Tls;
 use kms_daemon::admin;
 use kms_daemon::lifecycle::Shutdown;
@@ -17,6 +19,8 @@ use tokio::time::timeout;
 
 /// How often database, HSM, audit log and clock are looked at.
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
+/// How soon they are looked at again while one of them is missing: whoever waits for this server hears of it at once.
+const SOON: Duration = Duration::from_millis(200);
 /// A part that has not answered by then counts as lost. Readiness is never older than this and the interval together.
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// How often the versions of keys are counted.
@@ -38,12 +42,13 @@ pub async fn serve(app: Arc<App>, listeners: Listeners, tls: Tls, shutdown: Shut
     let clock = clock(&app).await;
     let keys = {
         let app = app.clone();
-        move |request| http::keys(app.clone(), request)
+        move |peer, request| http::keys(app.clone(), peer, request)
     };
     let tokens = {
         let app = app.clone();
-        move |request| http::tokens(app.clone(), request)
+        move |peer, request| http::tokens(app.clone(), peer, request)
     };
+    app.audit.show_sync_times(app.metrics.audit_sync_seconds());
     let mut anchors = Anchors::new(&app);
     tokio::join!(
         listen::serve(listeners.keys, || tls.keys(), &app.limits, keys, shutdown.clone()),
@@ -52,10 +57,13 @@ pub async fn serve(app: Arc<App>, listeners: Listeners, tls: Tls, shutdown: Shut
         watch_health(&app, &clock, &shutdown),
         watch_certificate(&app, &tls, &shutdown),
         watch_capacity(&app, &shutdown),
+        keep_failures(&app, &shutdown),
         anchors.keep(&shutdown),
     );
+    record_failures(&app).await;
     // What was answered while the listeners closed is covered too.
     anchors.anchor().await;
+    app.uses.give_back(&*app.store).await;
     app.store.close().await;
 }
 
@@ -78,6 +86,7 @@ fn snapshot(app: &App, tls: &Tls) -> Snapshot {
         limits: app.limits.settings(),
         refused: app.limits.refused(),
         audit_syncs: app.audit.syncs(),
+        audit: app.audit.lag(),
         certificate_ends: tls.not_after(),
     }
 }
@@ -91,12 +100,16 @@ async fn clock(app: &App) -> ClockWatch {
     ClockWatch::new(app.clock.clone(), newest.into_iter().chain(last))
 }
 
-/// How full the HSM is. Keys come and go slowly, and a large database takes a moment to count them.
+/// How full the HSM is, and how far its versions are used up. Keys come and go slowly, and a large database takes a moment to count them.
 async fn watch_capacity(app: &App, shutdown: &Shutdown) {
     loop {
         match app.store.known_versions().await {
             Ok(versions) => app.metrics.versions(versions.len()),
             Err(error) => tracing::debug!("the versions of keys cannot be counted: {error}"),
+        }
+        match app.store.most_gcm_uses().await {
+            Ok(most) => app.metrics.gcm_uses(most),
+            Err(error) => tracing::debug!("the uses of keys cannot be read: {error}"),
         }
         tokio::select! {
             () = shutdown.requested() => return,
@@ -105,19 +118,33 @@ async fn watch_capacity(app: &App, shutdown: &Shutdown) {
     }
 }
 
-async fn watch_certificate(app: &App, tls: &Tls, shutdown: &Shutdown) {
+/// The records of logins that are refused over and over.
+async fn keep_failures(app: &App, shutdown: &Shutdown) {
+    loop {
+        tokio::select! {
+            () = shutdown.requested() => return,
+            () = tokio::time::sleep(failures::PERIOD) => {}
+        }
+        record_failures(app).await;
+    }
+}
+
+async fn watch_certificate(app: &App, tls: &Arc<Tls>, shutdown: &Shutdown) {
     loop {
         tokio::select! {
             () = shutdown.requested() => return,
             () = tokio::time::sleep(RELOAD_INTERVAL) => {}
         }
-        match tls.reload() {
-            Ok(false) => {}
-            Ok(true) => {
+        let files = tls.clone();
+        // On a thread of its own: a file system that hangs must not hold up the listeners beside this.
+        match tokio::task::spawn_blocking(move || files.reload()).await {
+            // The panic is in the log already.
+            Ok(Ok(false)) | Err(_) => {}
+            Ok(Ok(true)) => {
                 app.metrics.certificate_reloaded(true);
                 tracing::info!("The TLS certificate was read again; new connections have it.");
             }
-            Err(error) => {
+            Ok(Err(error)) => {
                 app.metrics.certificate_reloaded(false);
                 tracing::error!("The TLS certificate before stays in use: {error}");
             }
@@ -127,27 +154,36 @@ async fn watch_certificate(app: &App, tls: &Tls, shutdown: &Shutdown) {
 
 async fn watch_health(app: &Arc<App>, clock: &ClockWatch, shutdown: &Shutdown) {
     loop {
-        let (before, found) = (app.health.last(), check(app, clock).await);
+        let before = app.health.last();
+        // Side by side: a count that hangs with the HSM must not make the news of it late.
+        let (found, counted) =
+            tokio::join!(check(app, clock), timeout(PROBE_PATIENCE, app.vault.statistics()));
         app.metrics.ready(&found);
-        let counted = timeout(PROBE_PATIENCE, app.vault.statistics()).await;
-        app.metrics.hsm(counted.ok().flatten());
+        app.metrics.hsm(app.vault.circuit(), counted.ok().flatten());
         log_change(&before, &found);
+        let pause = if found.all_good() { PROBE_INTERVAL } else { SOON };
         app.health.set(found);
         tokio::select! {
             () = shutdown.requested() => return,
-            () = tokio::time::sleep(PROBE_INTERVAL) => {}
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }
 
 async fn check(app: &App, clock: &ClockWatch) -> Parts {
     // The audit log is asked whatever the others say: it writes down that it goes on as soon as it can.
-    let (database, hsm, audit) = tokio::join!(
-        in_time(app.store.probe()),
-        in_time(app.vault.probe()),
-        in_time(app.audit.probe()),
-    );
+    let (database, hsm, audit) =
+        tokio::join!(in_time(app.store.probe()), in_time(app.vault.probe()), in_time(audit(app)),);
     Parts { database, hsm, audit, clock: clock.check() }
+}
+
+/// A disk that hangs says nothing: whoever waits for it is what shows it.
+async fn audit(app: &App) -> Result<(), String> {
+    let waited = app.audit.lag().oldest;
+    if waited >= PROBE_PATIENCE {
+        return Err(format!("its disk has not taken a record for {} s", waited.as_secs()));
+    }
+    app.audit.probe().await.map_err(|error| error.to_string())
 }
 
 async fn in_time<E: Display>(probe: impl Future<Output = Result<(), E>>) -> Result<(), String> {

@@ -1,25 +1,41 @@
 //! How often a CRK version is used with AES-GCM: after 2^32 times with IVs made at random an IV may repeat, and with it the
 //! key stream (NIST SP 800-38D, 8.3). All servers on one database share the limit.
 //!
-//! A server reserves a block of uses in the database before it uses the first of them, so the count is never too low; what
-//! is left of a block when the server ends is lost. Nothing here knows an IV or a key.
+//! A server reserves a block of uses in the database before it uses the first of them, so a crash counts too many and
+//! never too few. Blocks begin small and double: what a crash loses is less than twice what was used since the start,
+//! and a server that is started over and over uses nothing up. What is left at an orderly end goes back. A restored
+//! database does not know what was used since its backup, so a restore adds [`RESTORE_MARGIN`]. Nothing here knows an IV
+//! or a key.
 
 use crate::ops::Error;
 use crate::store::Store;
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex as Short, MutexGuard, PoisonError};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-/// How many uses are reserved at once: at 1,000 wraps a second one write to the database in 17 minutes.
-pub const BLOCK: u64 = 1 << 20;
-/// From here on the log asks for a rotation, once in each block.
+/// What is reserved of a version first.
+pub const FIRST_BLOCK: u64 = 1 << 10;
+/// Beyond it blocks do not grow: at 1,000 wraps a second it is one write to the database in 17 minutes.
+const LARGEST_BLOCK: u64 = 1 << 20;
+/// From here on the log asks for a rotation, with each block.
 const WARNING: u64 = 1 << 31;
 /// No use is granted beyond.
 pub const LIMIT: u64 = 1 << 32;
+/// What a restore adds to each version: three days of 1,000 wraps a second since the backup.
+pub const RESTORE_MARGIN: u64 = 1 << 28;
 
-/// What this server has reserved and not used yet, by version.
+/// What this server has reserved and not used yet.
 #[derive(Debug, Default)]
-pub struct Uses(Mutex<HashMap<Uuid, u64>>);
+pub struct Uses(Short<HashMap<Uuid, Arc<Mutex<Version>>>>);
+
+#[derive(Debug)]
+struct Version {
+    left: u64,
+    next_block: u64,
+    /// There is nothing left for anybody. It does not come back, so nobody asks again.
+    used_up: bool,
+}
 
 impl Uses {
     /// Takes one use of `version`.
@@ -27,25 +43,60 @@ impl Uses {
     /// # Errors
     /// `UsedUp` when all were taken; those of the database.
     pub async fn take(&self, store: &dyn Store, version: Uuid) -> Result<(), Error> {
-        // Held while a block is reserved: a second reservation for those who wait would waste one.
-        let mut left = self.0.lock().await;
-        let left = left.entry(version).or_default();
-        if *left == 0 {
-            *left = reserve(store, version).await?;
+        let uses = self.versions().entry(version).or_default().clone();
+        // Held while a block is reserved: a second reservation for those who wait would waste one. Other versions do not
+        // wait for it.
+        let mut uses = uses.lock().await;
+        if uses.left == 0 {
+            uses.reserve(store, version).await?;
         }
-        *left -= 1;
+        uses.left -= 1;
         Ok(())
+    }
+
+    /// Gives back what is left, at the end of a server. Whoever still takes one reserves it anew.
+    pub async fn give_back(&self, store: &dyn Store) {
+        let versions = std::mem::take(&mut *self.versions());
+        let mut left = Vec::with_capacity(versions.len());
+        for (version, uses) in versions {
+            left.push((version, std::mem::take(&mut uses.lock().await.left)));
+        }
+        left.retain(|(_, left)| *left > 0);
+        if let Err(error) = store.return_gcm_uses(&left).await {
+            tracing::warn!("Uses with AES-GCM that were not needed stay counted: {error}");
+        }
+    }
+
+    fn versions(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Mutex<Version>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-async fn reserve(store: &dyn Store, version: Uuid) -> Result<u64, Error> {
-    let used = store.reserve_gcm_uses(version, BLOCK).await?;
-    if used > LIMIT {
-        return Err(Error::UsedUp);
+impl Default for Version {
+    fn default() -> Self {
+        Self { left: 0, next_block: FIRST_BLOCK, used_up: false }
     }
-    if used > WARNING {
-        let percent = used / (LIMIT / 100);
-        tracing::warn!("CRK version {version} has used up {percent} % of its uses: rotate its key");
+}
+
+impl Version {
+    /// At least one, or an error.
+    async fn reserve(&mut self, store: &dyn Store, version: Uuid) -> Result<(), Error> {
+        if self.used_up {
+            return Err(Error::UsedUp);
+        }
+        let reserved = store.reserve_gcm_uses(version, self.next_block, LIMIT).await?;
+        if reserved.granted == 0 {
+            self.used_up = true;
+            return Err(Error::UsedUp);
+        }
+        if reserved.total > WARNING {
+            let percent = reserved.total / (LIMIT / 100);
+            tracing::warn!(
+                "CRK version {version} has used up {percent} % of its uses: rotate its key"
+            );
+        }
+        self.left = reserved.granted;
+        self.next_block = (self.next_block * 2).min(LARGEST_BLOCK);
+        Ok(())
     }
-    Ok(BLOCK)
 }

@@ -146,6 +146,10 @@ fn service_remedy(error: &client::Error) -> Option<&'static str> {
             "The token service does not know this API key: it is mistyped or revoked. Take another, or let an \
              administrator run `kmsctl api-keys create`.",
         ),
+        client::Error::Iam { code, .. } if code == "BXNIM0407E" => Some(
+            "The token is for another audience, of another issuer or service account than the profile trusts, has \
+             ended, or there is no such profile (`kmsctl profiles list`).",
+        ),
         client::Error::Iam { status: 403, .. }
         | client::Error::Refused { status: 401 | 403, .. } => Some(
             "The API key is good but its service ID may not do this: check its role and its instance \
@@ -175,6 +179,9 @@ fn service_remedy(error: &client::Error) -> Option<&'static str> {
             Some("Is this the URL of the service itself, and not of something else?")
         }
         client::Error::ApiKeyFile { .. } => Some("It must hold the API key and nothing else."),
+        client::Error::CrTokenFile { .. } => {
+            Some("It must hold a token that has not ended, such as `kubectl create token` prints.")
+        }
     }
 }
 

@@ -81,6 +81,33 @@ impl Before {
         Ok(())
     }
 
+    /// Nothing is sealed any more, and everything is opened.
+    pub(crate) fn only_opens(&self, chain: &Chain, cause: &str) -> Result<()> {
+        not_ready(chain, cause)?;
+        let driver = Driver::connect(&chain.plugin.config.socket)?;
+        refused_by("Status", at_once("Status", || Ok(driver.v2_status().map(drop)))?, cause)?;
+        refused_by("v1 Encrypt", driver.v1_encrypt(b"now").map(drop), cause)?;
+        refused_by("v2 Encrypt", driver.v2_encrypt(b"now").map(drop), cause)?;
+        assert_eq!(at_once("v1 Decrypt", || driver.v1_decrypt(&self.v1))?, PAYLOAD);
+        assert_eq!(at_once("v2 Decrypt", || driver.v2_decrypt(&self.v2))?, PAYLOAD);
+        let metrics = metrics(chain)?;
+        assert!(value(&metrics, "kmsplugin_dek_cache_entries") > 0, "{metrics}");
+        refused(chain, &format!("{}-refused", self.name), cause)
+    }
+
+    /// kube-apiserver starts with an empty memory, and reads nevertheless.
+    pub(crate) fn reads_go_on_in_a_new_kube_apiserver(&self, chain: &mut Chain) -> Result<()> {
+        let server = &mut chain.cluster_mut()?.apiserver.server;
+        server.kill()?;
+        server.start()?;
+        let (kubectl, name) = (chain.kubectl()?, format!("{}-before", self.name));
+        let value = wait::until("a secret is read", SOON, &[], || {
+            kubectl.secret_value(&name, "password").map_err(|error| error.to_string())
+        })?;
+        assert_eq!(value, name);
+        Ok(())
+    }
+
     /// kube-apiserver starts with an empty memory and can read nothing that needs the plug-in.
     pub(crate) fn reads_end_with_kube_apiserver(
         &self,
@@ -136,15 +163,11 @@ impl Before {
 
     fn nothing_is_sealed_or_opened(&self, chain: &Chain, cause: &str) -> Result<()> {
         let driver = Driver::connect(&chain.plugin.config.socket)?;
-        let refused = |what: &str, answer: Result<()>| match answer {
-            Err(Error::Rpc(status)) if status.message().contains(cause) => Ok(()),
-            other => Err(Error::answer(what, format!("{other:?} instead of {cause:?}"))),
-        };
-        refused("Status", at_once("Status", || Ok(driver.v2_status().map(drop)))?)?;
-        refused("v1 Encrypt", driver.v1_encrypt(b"now").map(drop))?;
-        refused("v2 Encrypt", driver.v2_encrypt(b"now").map(drop))?;
-        refused("v1 Decrypt", driver.v1_decrypt(&self.v1).map(drop))?;
-        refused("v2 Decrypt", driver.v2_decrypt(&self.v2).map(drop))
+        refused_by("Status", at_once("Status", || Ok(driver.v2_status().map(drop)))?, cause)?;
+        refused_by("v1 Encrypt", driver.v1_encrypt(b"now").map(drop), cause)?;
+        refused_by("v2 Encrypt", driver.v2_encrypt(b"now").map(drop), cause)?;
+        refused_by("v1 Decrypt", driver.v1_decrypt(&self.v1).map(drop), cause)?;
+        refused_by("v2 Decrypt", driver.v2_decrypt(&self.v2).map(drop), cause)
     }
 }
 
@@ -207,6 +230,13 @@ fn refused(chain: &Chain, name: &str, cause: &str) -> Result<()> {
             Ok(_) => Err("the secret was created".to_owned()),
         }
     })
+}
+
+fn refused_by(call: &str, answer: Result<()>, cause: &str) -> Result<()> {
+    match answer {
+        Err(Error::Rpc(status)) if status.message().contains(cause) => Ok(()),
+        other => Err(Error::answer(call, format!("{other:?} instead of {cause:?}"))),
+    }
 }
 
 fn at_once<T>(what: &str, call: impl FnOnce() -> Result<T>) -> Result<T> {

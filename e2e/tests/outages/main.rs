@@ -5,6 +5,7 @@ mod access;
 mod columns;
 mod key_service;
 mod network;
+mod service_account;
 mod time;
 
 use keelson_e2e::assets::Kubernetes;

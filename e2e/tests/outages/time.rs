@@ -19,7 +19,7 @@ static CHAIN: Shared =
 #[test]
 fn the_clock_of_the_key_service_is_wrong() -> Result<()> {
     CHAIN.with(|chain| {
-        let clock = clock_of_the_key_service(chain)?;
+        let clock = clock_of_the_key_service(chain, NAME)?;
         let before = Before::the_outage(chain, "server-clock")?;
         let tokens = chain.key_service.audited("issue_token")?;
         for (jumps, offset) in (1..).zip(["+1d", "-1d", "+0"]) {
@@ -57,7 +57,7 @@ fn the_clock_of_the_plug_in_is_wrong() -> Result<()> {
 #[test]
 fn the_token_service_is_away() -> Result<()> {
     CHAIN.with(|chain| {
-        let clock = clock_of_the_key_service(chain)?;
+        let clock = clock_of_the_key_service(chain, NAME)?;
         let whole = chain.plugin.config.clone();
         let relay = Relay::to(port_in(&whole.token_url)?)?;
         let through = format!("https://127.0.0.1:{}/oidc/token", relay.port);
@@ -94,8 +94,25 @@ fn a_cached_dek_ends_in_an_outage() -> Result<()> {
     })
 }
 
-fn clock_of_the_key_service(chain: &mut Chain) -> Result<WrongClock> {
-    let clock = WrongClock::create(&run_folder(&format!("e2e/{NAME}")), "kms-server")?;
+/// What it sealed can be read for as long as it is there. In a chain of its own, which it is the CRK of from now on.
+#[test]
+fn the_crk_expires() -> Result<()> {
+    let kubernetes = Some(Kubernetes::V1_37);
+    let name = "outages-expired";
+    let mut chain = Chain::for_test(name, kubernetes, SecretsThrough::V1, probe_often)?;
+    let clock = clock_of_the_key_service(&mut chain, name)?;
+    let crk = chain.kmsctl.create_key_until("expires", "2090-01-01T00:00:00Z")?;
+    chain.plugin.restart_with(|config| config.crk_id = crk)?;
+    let before = Before::the_outage(&chain, "expired")?;
+    clock.set("+80y")?;
+    before.only_opens(&chain, "KEY_ACTION_INVALID_STATE_ERR")?;
+    before.reads_go_on_in_a_new_kube_apiserver(&mut chain)?;
+    clock.set("+0")?;
+    before.is_over(&chain)
+}
+
+fn clock_of_the_key_service(chain: &mut Chain, name: &str) -> Result<WrongClock> {
+    let clock = WrongClock::create(&run_folder(&format!("e2e/{name}")), "kms-server")?;
     chain.key_service.server.add_env(clock.envs(Wrong::TimeOfDay));
     chain.key_service.server.stop()?;
     chain.key_service.server.start()?;

@@ -57,6 +57,8 @@ enum Op {
     Wrap,
     Unwrap,
     Create,
+    /// What is known of the key: authenticated and recorded as a wrap is, and nothing asked of the HSM.
+    Metadata,
 }
 
 type Stream = TlsStream<TcpStream>;
@@ -123,23 +125,28 @@ impl Load {
         let (path, body) = match self.op {
             Op::Wrap => (self.action("wrap"), plaintext()),
             Op::Create => ("/api/v2/keys".to_owned(), new_key()),
+            Op::Metadata => {
+                let path = format!("/api/v2/keys/{}/metadata", self.key);
+                return Ok(whole(&self.head("GET", &path, token), ""));
+            }
             Op::Unwrap => {
-                let wrap = whole(&self.head(&self.action("wrap"), token), &plaintext().to_string());
+                let head = self.head("POST", &self.action("wrap"), token);
+                let wrap = whole(&head, &plaintext().to_string());
                 let wrapped = once(tls, self.keys_port, &wrap).await?;
                 let ciphertext = wrapped["ciphertext"].as_str().ok_or("no ciphertext")?;
                 (self.action("unwrap"), json!({"ciphertext": ciphertext}))
             }
         };
-        Ok(whole(&self.head(&path, token), &body.to_string()))
+        Ok(whole(&self.head("POST", &path, token), &body.to_string()))
     }
 
     fn action(&self, name: &str) -> String {
         format!("/api/v2/keys/{}/actions/{name}", self.key)
     }
 
-    fn head(&self, path: &str, token: &str) -> String {
+    fn head(&self, method: &str, path: &str, token: &str) -> String {
         format!(
-            "POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nBluemix-Instance: {}\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\nBluemix-Instance: {}\r\n\
              Content-Type: application/json\r\n",
             self.instance
         )

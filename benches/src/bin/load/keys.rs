@@ -1,15 +1,16 @@
-//! Keys without a server: wrapping through kms-hsm's vault alone, and a database full of keys that no HSM has.
+//! Keys without a server: wrapping through kms-hsm's vault alone, a database full of keys that no HSM has, and one whose
+//! keys are in the HSM.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use kms_core::clock::{Clock, SystemClock};
 use kms_core::secret::SecretBytes;
 use kms_hsm::Vault as _;
 use kms_server::config::Config;
 use kms_server::init::open_vault;
-use kms_server::store::{NewKey, SqliteStore, Store};
+use kms_server::store::{Custody as _, NewKey, SqliteStore, Store};
 use serde::Deserialize;
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -72,23 +73,54 @@ impl Fill {
         let store = SqliteStore::open(&config.server.database, false).await?;
         let clock = SystemClock::new();
         for number in 0..self.keys {
-            let (id, version) = (Uuid::new_v4(), Uuid::new_v4());
-            let key = NewKey {
-                id,
-                instance: self.instance,
-                name: format!("of the database only {number}"),
-                description: None,
-                tags: Vec::new(),
-                imported: false,
-                expires_at: None,
-                created_at: clock.wall().into(),
-                created_by: "bench".to_owned(),
-                version,
-            };
+            let key =
+                new_key(self.instance, format!("of the database only {number}"), clock.wall());
             store.begin_key(&key).await?;
-            store.activate_key(id, version).await?;
+            store.activate_key(key.id, key.version).await?;
         }
         store.close().await;
         Ok(())
+    }
+}
+
+/// Adds keys to the one instance and to the token, in the order in which kms-server does it.
+#[derive(Deserialize)]
+pub(crate) struct Make {
+    /// kms-server's: the same database, library and token.
+    config: PathBuf,
+    instance: Uuid,
+    keys: u32,
+}
+
+impl Make {
+    pub(crate) async fn run(self) -> Result<(), Failure> {
+        let config = Config::load(&self.config)?;
+        let store = SqliteStore::open(&config.server.database, false).await?;
+        let vault = open_vault(&config.hsm, config.operations.wdek_version)?;
+        let clock = SystemClock::new();
+        for number in 0..self.keys {
+            let key = new_key(self.instance, format!("made for many {number}"), clock.wall());
+            store.begin_key(&key).await?;
+            vault.create_version(key.version).await?;
+            store.keep_check_value(key.version, vault.check_value(key.version).await?).await?;
+            store.activate_key(key.id, key.version).await?;
+        }
+        store.close().await;
+        Ok(())
+    }
+}
+
+fn new_key(instance: Uuid, name: String, at: SystemTime) -> NewKey {
+    NewKey {
+        id: Uuid::new_v4(),
+        instance,
+        name,
+        description: None,
+        tags: Vec::new(),
+        imported: false,
+        expires_at: None,
+        created_at: at.into(),
+        created_by: "bench".to_owned(),
+        version: Uuid::new_v4(),
     }
 }

@@ -26,6 +26,8 @@ enum Task {
     Vault(keys::Vault),
     /// Put keys into a database, and none into the HSM.
     Fill(keys::Fill),
+    /// Put keys into a database and into the HSM.
+    Make(keys::Make),
 }
 
 fn main() -> ExitCode {
@@ -51,6 +53,7 @@ fn run() -> Result<Value, Failure> {
             Task::Https(load) => load.run().await,
             Task::Vault(vault) => vault.run().await,
             Task::Fill(fill) => fill.run().await.map(|()| Figures::default()),
+            Task::Make(make) => make.run().await.map(|()| Figures::default()),
         }
     })?;
     Ok(figures.json())

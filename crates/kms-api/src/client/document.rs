@@ -10,6 +10,10 @@ use http::{Method, StatusCode};
 use super::https::{Exchange, Https, headers, until};
 use super::{Ca, Error, SetupError, USER_AGENT};
 
+/// JSON, and key sets by their own name (RFC 7517, 8.5.2): kube-apiserver gives them out under no other and answers 406
+/// to whoever does not name it.
+const WANTED: &str = "application/json, application/jwk-set+json";
+
 #[derive(Debug)]
 pub struct Document {
     https: Https,
@@ -29,7 +33,7 @@ impl Document {
     /// # Errors
     /// `Unreachable`, `TimedOut`, or `BadAnswer` for every status but 200.
     pub async fn fetch(&self, deadline: Duration) -> Result<Vec<u8>, Error> {
-        let headers = headers([(ACCEPT, HeaderValue::from_static("application/json"))]);
+        let headers = headers([(ACCEPT, HeaderValue::from_static(WANTED))]);
         let (method, path, body) = (Method::GET, String::new(), Bytes::new());
         let exchange = Exchange { method, path, headers, body, replay: true };
         let mut answer = self.https.exchange(&exchange, until(deadline)).await?;

@@ -41,7 +41,7 @@ pub enum Error {
     /// The caller's deadline passed first.
     #[error("{what} did not answer in time")]
     TimedOut { what: String },
-    /// The token service gives no token for this API key.
+    /// The token service gives no token for this credential.
     #[error("{code}:{message}")]
     Iam { status: u16, code: String, message: String },
     /// The key service understood and refused. The text is the service's own.
@@ -59,6 +59,10 @@ pub enum Error {
     /// The API key file of this machine cannot be used.
     #[error("the API key file {path} cannot be used: {cause}")]
     ApiKeyFile { path: String, cause: String },
+    /// The file in which a service account's token should be has none, or one that has ended: whoever keeps it fresh is
+    /// away, and nothing was withdrawn.
+    #[error("the service account's token in {path} cannot be used: {cause}")]
+    CrTokenFile { path: String, cause: String },
 }
 
 impl Error {
@@ -131,7 +135,7 @@ impl Error {
     }
 }
 
-/// A status with which the token service refuses this API key for good. Two client errors only say "later".
+/// A status with which the token service refuses this credential for good. Two client errors only say "later".
 fn is_final(status: u16) -> bool {
     (400..500).contains(&status) && status != 408 && status != 429
 }

@@ -94,6 +94,8 @@ pub struct NewKey {
     pub aliases: Vec<String>,
     /// True for a standard key, whose material the service gives out; a root key otherwise.
     pub extractable: bool,
+    /// RFC 3339. From then on it wraps no more, and goes on unwrapping.
+    pub expires: Option<String>,
 }
 
 /// Which keys to list.
@@ -240,6 +242,7 @@ impl KeyProtect {
             description: key.description.clone(),
             aliases: key.aliases.clone(),
             extractable: Some(key.extractable),
+            expiration_date: key.expires.clone(),
             payload,
             ..KeyResource::default()
         };

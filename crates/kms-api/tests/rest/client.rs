@@ -7,7 +7,7 @@ use std::time::Duration;
 use kms_api::client::{
     Call, ClientSettings, Error, KeyProtect, KeyQuery, NewKey, SetupError, USER_AGENT,
 };
-use kms_api::token::{ApiKeySource, TokenSettings, TokenSource};
+use kms_api::token::{Credential, TokenSettings, TokenSource};
 use kms_api::trace::TraceParent;
 use kms_core::clock::ManualClock;
 use kms_core::secret::SecretText;
@@ -58,7 +58,7 @@ fn settings(server: &Server, url: &str) -> ClientSettings {
 fn tokens(server: &Server) -> TokenSource {
     let url = format!("{}/oidc/token", server.url());
     let settings = TokenSettings { url, ca: Some(server.ca.clone()) };
-    let key = ApiKeySource::Inline(SecretText::new("an-api-key".to_owned()));
+    let key = Credential::ApiKey(SecretText::new("an-api-key".to_owned()));
     TokenSource::new(&settings, key, Arc::new(ManualClock::new())).unwrap()
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kms_api::client::{Call, Management, USER_AGENT};
 use kms_api::rest::{NewApiKey, NewInstance, NewPolicy, NewProfile, NewServiceId, Rotation};
-use kms_api::token::{ApiKeySource, TokenSettings, TokenSource};
+use kms_api::token::{Credential, TokenSettings, TokenSource};
 use kms_core::clock::ManualClock;
 use kms_core::secret::SecretText;
 use serde_json::json;
@@ -108,7 +108,7 @@ async fn api_keys_are_locked_and_rotated_and_policies_and_profiles_managed() {
 fn management(server: &Server) -> Management {
     let url = format!("{}/identity/token", server.url());
     let settings = TokenSettings { url: url.clone(), ca: Some(server.ca.clone()) };
-    let key = ApiKeySource::Inline(SecretText::new("admin-key".to_owned()));
+    let key = Credential::ApiKey(SecretText::new("admin-key".to_owned()));
     let tokens = TokenSource::new(&settings, key, Arc::new(ManualClock::new())).unwrap();
     Management::new(&url, Some(&server.ca), USER_AGENT, tokens).unwrap()
 }

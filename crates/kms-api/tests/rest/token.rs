@@ -1,12 +1,15 @@
 //! Tokens: one request for many callers, renewal ahead of the end, refusals, changed API key files.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use kms_api::client::Error;
-use kms_api::token::{ApiKeySource, TokenSettings, TokenSource};
-use kms_core::clock::ManualClock;
+use kms_api::token::{Credential, Profile, TokenSettings, TokenSource};
+use kms_core::clock::{Clock, ManualClock};
 use kms_core::secret::SecretText;
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -27,15 +30,15 @@ fn refused() -> Reply {
     Reply::Json(400, body.to_string())
 }
 
-fn source(server: &Server, key: ApiKeySource) -> (TokenSource, Arc<ManualClock>) {
+fn source(server: &Server, key: Credential) -> (TokenSource, Arc<ManualClock>) {
     let clock = Arc::new(ManualClock::new());
     let url = format!("{}/identity/token", server.url());
     let settings = TokenSettings { url, ca: Some(server.ca.clone()) };
     (TokenSource::new(&settings, key, clock.clone()).unwrap(), clock)
 }
 
-fn inline() -> ApiKeySource {
-    ApiKeySource::Inline(SecretText::new("an-api-key".to_owned()))
+fn inline() -> Credential {
+    Credential::ApiKey(SecretText::new("an-api-key".to_owned()))
 }
 
 async fn text(tokens: &TokenSource) -> String {
@@ -172,7 +175,7 @@ async fn a_changed_api_key_file_is_read_again() {
     let server = Server::start(|number, _| numbered(number)).await;
     let mut file = tempfile::NamedTempFile::new().unwrap();
     writeln!(file, "first-key").unwrap();
-    let (tokens, _clock) = source(&server, ApiKeySource::File(file.path().to_owned()));
+    let (tokens, _clock) = source(&server, Credential::ApiKeyFile(file.path().to_owned()));
     let first = tokens.token(LATE).await.unwrap();
     std::fs::write(file.path(), "  second-key\n").unwrap();
     tokens.invalidate(&first);
@@ -187,11 +190,92 @@ async fn an_api_key_file_that_cannot_be_used_is_named() {
     let server = Server::start(|number, _| numbered(number)).await;
     let empty = tempfile::NamedTempFile::new().unwrap();
     for path in [empty.path(), "/nonexistent/api-key".as_ref()] {
-        let (tokens, _clock) = source(&server, ApiKeySource::File(path.to_owned()));
+        let (tokens, _clock) = source(&server, Credential::ApiKeyFile(path.to_owned()));
         let error = tokens.token(LATE).await.unwrap_err();
         assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
     }
     assert!(server.asked().is_empty());
+}
+
+/// A token of a service account that ends `life` seconds from now on.
+fn cr_token(clock: &ManualClock, name: &str, life: u64) -> String {
+    let end = clock.wall().duration_since(UNIX_EPOCH).unwrap().as_secs() + life;
+    let claims = json!({"sub": name, "exp": end}).to_string();
+    format!("eyJhbGciOiJSUzI1NiJ9.{}.c2ln", BASE64URL.encode(claims))
+}
+
+fn account(server: &Server, path: &Path) -> (TokenSource, Arc<ManualClock>) {
+    let profile = Profile { id: Some("Profile-1".to_owned()), name: Some("node".to_owned()) };
+    source(server, Credential::CrTokenFile { path: path.to_owned(), profile })
+}
+
+fn not_trusted() -> Reply {
+    let body = json!({"errorCode": "BXNIM0407E", "errorMessage": "The token is not trusted."});
+    Reply::Json(400, body.to_string())
+}
+
+#[tokio::test]
+async fn a_service_accounts_token_is_read_anew_for_each_token() {
+    let server = Server::start(|number, _| numbered(number)).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let (tokens, clock) = account(&server, file.path());
+    let (first, second) = (cr_token(&clock, "first", 600), cr_token(&clock, "second", 600));
+    std::fs::write(file.path(), format!("{first}\n")).unwrap();
+    let got = tokens.token(LATE).await.unwrap();
+    // As kubelet does it.
+    std::fs::write(file.path(), &second).unwrap();
+    tokens.invalidate(&got);
+    tokens.token(LATE).await.unwrap();
+    let asked = server.asked();
+    for (asked, token) in asked.iter().zip([first, second]) {
+        let members = format!("&profile_id=Profile-1&profile_name=node&cr_token={token}");
+        assert!(asked.body.ends_with(&members), "{}", asked.body);
+        assert!(!asked.body.contains("apikey="), "{}", asked.body);
+    }
+    assert_eq!(asked.len(), 2);
+}
+
+/// Whoever renews the file is away: nothing was withdrawn, and the token that is held serves until it ends.
+#[tokio::test]
+async fn without_a_fresh_token_in_its_file_there_is_an_outage_and_no_refusal() {
+    let server =
+        Server::start(|number, _| if number == 0 { numbered(0) } else { not_trusted() }).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let (tokens, clock) = account(&server, file.path());
+    std::fs::write(file.path(), cr_token(&clock, "stale", LIFE / 2)).unwrap();
+    assert_eq!(text(&tokens).await, "token-0");
+    clock.advance(Duration::from_secs(LIFE * 9 / 10));
+    assert_eq!(text(&tokens).await, "token-0");
+    server.has_been_asked(2).await;
+    assert_eq!(text(&tokens).await, "token-0");
+    clock.advance(Duration::from_secs(LIFE / 10));
+    let error = tokens.token(LATE).await.unwrap_err();
+    assert!(error.is_outage() && !error.is_refusal(), "{error:?}");
+    assert!(error.to_string().contains("ended 500 s ago and was not replaced"), "{error}");
+
+    let path = file.path().to_owned();
+    drop(file);
+    let error = tokens.token(LATE).await.unwrap_err();
+    assert!(error.is_outage() && error.to_string().contains(path.to_str().unwrap()), "{error}");
+}
+
+#[tokio::test]
+async fn a_service_account_that_is_refused_loses_its_token_at_the_renewal() {
+    let server =
+        Server::start(|number, _| if number == 0 { numbered(0) } else { not_trusted() }).await;
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let (tokens, clock) = account(&server, file.path());
+    std::fs::write(file.path(), cr_token(&clock, "good", LIFE * 2)).unwrap();
+    assert_eq!(text(&tokens).await, "token-0");
+    clock.advance(Duration::from_secs(LIFE * 9 / 10));
+    let error = loop {
+        match tokens.token(LATE).await {
+            Ok(_) => tokio::task::yield_now().await,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.to_string(), "BXNIM0407E:The token is not trusted");
+    assert!(error.is_refusal());
 }
 
 #[tokio::test]

@@ -19,6 +19,9 @@ use uuid::Uuid;
 pub const ANCHOR: &str = "anchor";
 /// What stands in `outcome` of everything that was not refused.
 pub const DONE: &str = "done";
+/// The outcome of a change that is about to be made. The record of how it ended follows; where it does not, whoever reads
+/// must look whether the change was made.
+pub const BEGUN: &str = "begun";
 
 /// A number that databases can hold too, and that has a successor.
 const MAX_SEQ: u64 = i64::MAX.unsigned_abs();
@@ -43,7 +46,7 @@ pub struct Event<'a> {
     /// RFC 3339, UTC.
     pub at: Cow<'a, str>,
     pub action: Cow<'a, str>,
-    /// [`DONE`], or the reason code of the refusal.
+    /// [`BEGUN`], [`DONE`], or the reason code of the refusal.
     pub outcome: Cow<'a, str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caller: Option<Cow<'a, str>>,
@@ -59,6 +62,12 @@ pub struct Event<'a> {
     /// The caller's `Correlation-Id`: from the plug-in, the uid that kube-apiserver gave its call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correlation: Option<Cow<'a, str>>,
+    /// The other end of the connection, as `address:port`: a proxy where there is one. Logs of before have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peer: Option<Cow<'a, str>>,
+    /// So many times, where one record stands for several.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub count: Option<u64>,
 }
 
 /// One line of a log.

@@ -5,11 +5,15 @@
 
 use super::anchor::{Anchor, PublicKey};
 use super::{Content, Hash, Line, Link, NotARecord, parse};
+use serde::Serialize;
 use std::collections::VecDeque;
 use thiserror::Error;
 
 /// How far an anchor may stand behind the last record that it covers: the records that come while an HSM signs.
 pub const MAX_ANCHOR_DELAY: usize = 1 << 16;
+
+/// kms-server signs within a minute; half of one more is for a slow HSM and clock.
+pub const MAX_UNANCHORED_SECONDS: u64 = 90;
 
 /// What is wrong at a line.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -64,6 +68,22 @@ pub struct Summary {
     /// The last record that an anchor covers whose signature is good; 0 without one.
     pub anchored: u64,
     pub anchored_at: Option<String>,
+    /// How often records waited for an anchor for more than [`MAX_UNANCHORED_SECONDS`]. That is no tampering: the HSM or
+    /// the server was away. But so long whoever could write the file could compute the chain anew.
+    pub late: u64,
+    /// The one of them that took longest.
+    pub longest: Option<Unanchored>,
+}
+
+/// Records that waited for their anchor, by what they and the anchor say themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Unanchored {
+    pub from: u64,
+    pub to: u64,
+    pub since: String,
+    /// The time of the anchor; of the last record, where none came.
+    pub until: String,
+    pub seconds: u64,
 }
 
 /// The state after the lines that were read.
@@ -79,6 +99,9 @@ pub struct Verifier<'k> {
     recent: VecDeque<Hash>,
     /// The next line is the first of a file.
     file_begins: bool,
+    /// The first record that no anchor covers yet, and its time.
+    waiting: Option<(u64, String)>,
+    last_at: String,
     summary: Summary,
 }
 
@@ -94,6 +117,8 @@ impl<'k> Verifier<'k> {
             blind: false,
             recent: VecDeque::new(),
             file_begins: true,
+            waiting: None,
+            last_at: String::new(),
             summary: Summary::default(),
         }
     }
@@ -129,10 +154,11 @@ impl<'k> Verifier<'k> {
         }
         self.summary.records += 1;
         self.link = Some(link);
-        self.recent.push_back(link.hash);
-        if self.recent.len() > MAX_ANCHOR_DELAY {
+        // Before it is one too many: the room for it would be doubled.
+        if self.recent.len() >= MAX_ANCHOR_DELAY {
             self.recent.pop_front();
         }
+        self.recent.push_back(link.hash);
         self.meet_witness(link, found);
     }
 
@@ -140,6 +166,8 @@ impl<'k> Verifier<'k> {
     #[must_use]
     pub fn finish(mut self) -> (Summary, Option<Finding>) {
         let last = self.summary.last;
+        let until = std::mem::take(&mut self.last_at);
+        self.cover(last, &until);
         let cut = self.witness.take().map(|anchor| anchor.head().seq).filter(|&head| head > last);
         (self.summary, cut.map(|to| Finding::Cut { from: last + 1, to }))
     }
@@ -187,9 +215,15 @@ impl<'k> Verifier<'k> {
             }
             Some(_) => {}
         }
-        if let Content::Anchor(anchor) = &read.content {
-            self.anchor(anchor, read.seq, found);
+        match &read.content {
+            Content::Anchor(anchor) => self.anchor(anchor, read.seq, found),
+            Content::Event(event) if self.waiting.is_none() => {
+                self.waiting = Some((read.seq, event.at.clone().into_owned()));
+            }
+            Content::Event(_) => {}
         }
+        self.last_at.clear();
+        self.last_at.push_str(read.at());
     }
 
     fn anchor(&mut self, anchor: &Anchor<'_>, seq: u64, found: &mut Vec<Finding>) {
@@ -204,12 +238,34 @@ impl<'k> Verifier<'k> {
                 found.push(Finding::Rewritten { head: head.seq });
             }
             Known::Never => found.push(Finding::AnchorOutOfPlace { head: head.seq }),
-            Known::Hash(_) | Known::NotRead => {
+            Known::Hash(_) => {
+                self.cover(head.seq, anchor.at());
+                if self.waiting.is_none() && head.seq + 1 < seq {
+                    // They came while the HSM signed.
+                    self.waiting = Some((head.seq + 1, anchor.at().to_owned()));
+                }
                 if !self.keys.is_empty() {
                     self.summary.anchored = head.seq;
                     self.summary.anchored_at = Some(anchor.at().to_owned());
                 }
             }
+            // Nothing was compared, so nothing is proved.
+            Known::NotRead => {}
+        }
+    }
+
+    /// The records up to `to` wait for an anchor no longer than `until`.
+    fn cover(&mut self, to: u64, until: &str) {
+        let Some((from, since)) = self.waiting.take_if(|(from, _)| *from <= to) else { return };
+        let times = seconds(&since).zip(seconds(until));
+        let took = times.and_then(|(since, until)| u64::try_from(until - since).ok()).unwrap_or(0);
+        if took <= MAX_UNANCHORED_SECONDS {
+            return;
+        }
+        self.summary.late += 1;
+        if self.summary.longest.as_ref().is_none_or(|longest| longest.seconds < took) {
+            let until = until.to_owned();
+            self.summary.longest = Some(Unanchored { from, to, since, until, seconds: took });
         }
     }
 
@@ -245,6 +301,19 @@ enum Known {
     NotRead,
     /// There was no such record.
     Never,
+}
+
+/// Seconds since 1970, of the form that kms-server writes; `None` for what is no such time.
+fn seconds(at: &str) -> Option<i64> {
+    let number = |from: usize, to: usize| at.get(from..to)?.parse::<i64>().ok();
+    let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
+    let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
+    // Counted from March on, the day that a leap year has more is the last one.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let leap_days = year.div_euclid(4) - year.div_euclid(100) + year.div_euclid(400);
+    // The first of March of the year 0 was 719,468 days before 1970.
+    let days = year * 365 + leap_days + (153 * month + 2) / 5 + day - 1 - 719_468;
+    Some(((days * 24 + hour) * 60 + minute) * 60 + second)
 }
 
 impl<'a> Anchor<'a> {

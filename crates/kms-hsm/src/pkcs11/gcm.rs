@@ -88,14 +88,21 @@ pub(super) fn self_test(seat: &Seat, choice: IvChoice) -> Result<Result<IvMode, 
     Ok(Err(format!("AES-GCM has no IV mode that is safe on this token ({})", refusals.join("; "))))
 }
 
+/// Uses the key once, however often it is called: the token may have used it although nobody heard of it, and uses are
+/// counted by the caller. `begun` is false at first.
 pub(super) fn wrap(
     seat: &Seat,
     id: Uuid,
     context: &[u8],
     dek: &SecretBytes,
+    begun: &mut bool,
 ) -> Result<Sealed, Fault> {
     let mode = seat.iv_mode()?;
     let root = seat.key(id, Kind::Root)?;
+    if std::mem::replace(begun, true) {
+        let cause = "the HSM was lost while it wrapped with AES-GCM".to_owned();
+        return Err(VaultError::Unavailable { cause }.into());
+    }
     encrypt(seat, mode, root, context, dek.as_slice())
 }
 
@@ -125,7 +132,7 @@ fn encrypt(
 ) -> Result<Sealed, Fault> {
     let mut iv = vec![0; if mode == IvMode::Appended { 0 } else { IV_LEN }];
     if mode == IvMode::Caller {
-        seat.session().generate_random_slice(&mut iv)?;
+        seat.random(&mut iv)?;
     }
     let mut ciphertext =
         seat.raw().gcm_encrypt(seat.session(), key, &mut iv, context, plaintext, LONG_IV_LEN)?;

@@ -3,15 +3,12 @@
 //! Tokens fill gaps in a template with whatever their vendor liked: SoftHSM lets a bare AES key
 //! wrap, sign and be modified. A key that may wrap and decrypt hands out other keys (Clulow, 2003).
 
+use crate::pkcs11::error::Fault;
+use crate::pkcs11::seat::Seat;
 use crate::vault::VaultError;
-use cryptoki::object::{
-    Attribute, AttributeInfo, AttributeType, KeyType, ObjectClass, ObjectHandle,
-};
-use cryptoki::session::Session;
+use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHandle};
 use cryptoki::types::Ulong;
 use uuid::Uuid;
-
-use super::error::Fault;
 
 /// The name of the canary key: no UUID that anyone draws at random.
 pub(super) const CANARY: Uuid = Uuid::from_bytes(*b"keelson canary k");
@@ -151,13 +148,9 @@ pub(super) fn transport_pair() -> (Vec<Attribute>, Vec<Attribute>) {
 ///
 /// # Errors
 /// `Policy` for the first attribute that is missing or different, and for a readable value.
-pub(super) fn check(
-    session: &Session,
-    object: ObjectHandle,
-    wanted: &[Attribute],
-) -> Result<(), Fault> {
+pub(super) fn check(seat: &Seat, object: ObjectHandle, wanted: &[Attribute]) -> Result<(), Fault> {
     let types: Vec<AttributeType> = wanted.iter().map(Attribute::attribute_type).collect();
-    let found = session.get_attributes(object, &types)?;
+    let found = seat.attributes(object, &types)?;
     for attribute in wanted {
         let kind = attribute.attribute_type();
         match found.iter().find(|candidate| candidate.attribute_type() == kind) {
@@ -169,17 +162,12 @@ pub(super) fn check(
         }
     }
     let secret = wanted.contains(&Attribute::Sensitive(true));
-    if secret && readable(session, object, wanted)? {
+    let rsa = wanted.contains(&Attribute::KeyType(KeyType::RSA));
+    let value = if rsa { AttributeType::PrivateExponent } else { AttributeType::Value };
+    if secret && seat.shows(object, value)? {
         return Err(weaker("shows the value of a sensitive key".to_owned()));
     }
     Ok(())
-}
-
-fn readable(session: &Session, object: ObjectHandle, wanted: &[Attribute]) -> Result<bool, Fault> {
-    let rsa = wanted.contains(&Attribute::KeyType(KeyType::RSA));
-    let value = if rsa { AttributeType::PrivateExponent } else { AttributeType::Value };
-    let info = session.get_attribute_info(object, &[value])?;
-    Ok(info.iter().any(|info| matches!(info, AttributeInfo::Available(_))))
 }
 
 fn weaker(what: String) -> Fault {

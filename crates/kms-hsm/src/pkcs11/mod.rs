@@ -14,11 +14,12 @@ mod pin;
 mod pool;
 mod queue;
 mod raw;
+mod refused;
 mod seat;
 
 use crate::statistics::Statistics;
 use crate::vault::{
-    CheckValue, MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped,
+    CheckValue, Circuit, MAX_PLAINTEXT, MAX_RANDOM, RsaPublic, Sealed, Vault, VaultError, Wrapped,
 };
 use async_trait::async_trait;
 use error::Fault;
@@ -29,6 +30,8 @@ use ops::{Inventory, Origin};
 pub use pin::Pin;
 use pool::Pool;
 pub(crate) use pool::{Known, Standstill};
+use queue::Job;
+pub(crate) use queue::{Then, Waiting};
 use seat::Seat;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -39,6 +42,10 @@ use uuid::Uuid;
 
 /// Making keys and listing thousands of them takes a token this many times longer than using one.
 pub(crate) const SLOW: u32 = 10;
+
+/// How long a service that starts waits for the first login, to say at once that the PIN is wrong. A token that takes
+/// longer, or hangs, is waited for while the service already says that it is not ready.
+pub(crate) const FIRST_ATTEMPT: Duration = Duration::from_secs(3);
 
 /// Everything that the vault must be told.
 #[derive(Clone, Debug)]
@@ -86,9 +93,12 @@ pub struct Token {
 pub struct Pkcs11Vault {
     pool: Pool,
     making: Making,
-    /// Two callers that miss a signing key must not both make it.
+    /// Two callers that make one signing key must not both make it.
     signing: Arc<tokio::sync::Mutex<()>>,
 }
+
+/// A use of a key that is to be begun.
+pub(crate) struct Direct(Box<dyn Job>);
 
 /// Makes a token in the first free slot, with both PINs. Run before the first
 /// [`Pkcs11Vault::open`], in a process that does not use the library yet.
@@ -113,22 +123,27 @@ pub fn init_token(
 }
 
 impl Pkcs11Vault {
-    /// Loads the library, finds the token, logs in. Blocks; call it before the service starts.
+    /// Loads the library, finds the token, logs in. Blocks for some seconds at most; call it before the service starts.
     ///
-    /// A token that is away is no error: the vault keeps looking for it and answers `Unavailable`
-    /// meanwhile. [`Vault::probe`] tells.
+    /// A token that is away is no error, nor is one that does not answer or refuses the PIN: the vault keeps looking for
+    /// it, or for another PIN, and answers `Unavailable`, `TimedOut` or `Credential` meanwhile. [`Vault::probe`] tells.
     ///
     /// # Errors
-    /// `Unavailable` when the library cannot be loaded; `Credential` when the PIN is refused.
+    /// `Unavailable` when the library cannot be loaded.
     pub fn open(settings: Settings) -> Result<Self, VaultError> {
-        Self::open_known(settings, None)
+        Self::start(settings, None)
     }
 
     /// Like [`Pkcs11Vault::open`], on the token that another vault has found before, and on no other.
     ///
     /// # Errors
-    /// As `open`.
+    /// As `open`, and `Credential` when the PIN is refused at once.
     pub(crate) fn open_known(settings: Settings, known: Option<Known>) -> Result<Self, VaultError> {
+        let vault = Self::start(settings, known)?;
+        vault.pool.refusal().map_or(Ok(vault), |cause| Err(VaultError::Credential(cause)))
+    }
+
+    fn start(settings: Settings, known: Option<Known>) -> Result<Self, VaultError> {
         if settings.sessions == 0 || settings.queue == 0 {
             return Err(VaultError::BadInput("sessions and queue must be at least 1".to_owned()));
         }
@@ -154,6 +169,43 @@ impl Pkcs11Vault {
 
     pub(crate) fn deadline(&self) -> Duration {
         self.pool.settings().deadline
+    }
+
+    /// A wrap whose result goes to `then`, on the thread that has made it. Nothing is done before [`Pkcs11Vault::begin`].
+    pub(crate) fn wrap_then(
+        id: Uuid,
+        context: Vec<u8>,
+        dek: SecretBytes,
+        then: Then<Wrapped>,
+    ) -> (Direct, Waiting) {
+        let work = move |seat: &Seat| {
+            check_length(&dek)?;
+            ops::wrap(seat, id, &context, &dek)
+        };
+        let (job, waiting) = Pool::direct(work, then);
+        (Direct(job), waiting)
+    }
+
+    /// The same for an unwrap.
+    pub(crate) fn unwrap_then(
+        id: Uuid,
+        context: Vec<u8>,
+        wrapped: Wrapped,
+        then: Then<SecretBytes>,
+    ) -> (Direct, Waiting) {
+        let work = move |seat: &Seat| ops::unwrap(seat, id, &context, &wrapped);
+        let alike: Then<SecretBytes> = Box::new(move |opened| then(opened.map_err(all_alike)));
+        let (job, waiting) = Pool::direct(work, alike);
+        (Direct(job), waiting)
+    }
+
+    pub(crate) fn begin(&self, Direct(job): Direct) {
+        self.pool.submit(job);
+    }
+
+    /// Has a session that sleeps look for what waits; to be called now and then by whoever begins anything.
+    pub(crate) fn nudge(&self) {
+        self.pool.queue().nudge();
     }
 
     async fn use_key<T: Send + 'static>(
@@ -238,7 +290,8 @@ impl Vault for Pkcs11Vault {
     ) -> Result<Sealed, VaultError> {
         check_length(&dek)?;
         let context = context.to_vec();
-        self.use_key(move |seat| gcm::wrap(seat, id, &context, &dek)).await
+        let mut begun = false;
+        self.use_key(move |seat| gcm::wrap(seat, id, &context, &dek, &mut begun)).await
     }
 
     async fn unwrap_gcm(
@@ -267,16 +320,21 @@ impl Vault for Pkcs11Vault {
         self.use_key(move |seat| ops::random(seat, len)).await
     }
 
-    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+    async fn make_signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
         let patience = self.pool.settings().patience();
         let one_at_a_time = Arc::clone(&self.signing).lock_owned();
         let turn = tokio::time::timeout(patience, one_at_a_time).await;
         let turn = turn.map_err(|_| VaultError::TimedOut)?;
+        let mut begun = false;
         let work = move |seat: &Seat| {
             let _turn = &turn;
-            ops::signing_key(seat, id)
+            ops::make_signing_key(seat, id, &mut begun)
         };
         self.pool.call(patience, None, work).await.map_err(not_the_callers_fault)
+    }
+
+    async fn public_half(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        self.use_key(move |seat| ops::public_half(seat, id)).await
     }
 
     async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError> {
@@ -301,6 +359,10 @@ impl Vault for Pkcs11Vault {
 
     async fn probe(&self) -> Result<(), VaultError> {
         self.use_key(Seat::canary).await
+    }
+
+    fn circuit(&self) -> Circuit {
+        self.pool.circuit()
     }
 
     async fn statistics(&self) -> Option<Statistics> {

@@ -1,9 +1,9 @@
-//! A loaded PKCS#11 library: initialise it, find the token, open logged-in sessions.
+//! A loaded PKCS#11 library: initialise it, find the token, open sessions, log in.
 //!
 //! The login belongs to the whole process, not to a session, and the last wrong PINs lock a token
 //! for good. So there is one login for all sessions, and after one refusal no other is tried.
 
-use crate::pkcs11::error::{Class, Fault};
+use crate::pkcs11::error::Fault;
 use crate::pkcs11::raw::Raw;
 use crate::pkcs11::{Token, TokenChoice};
 use crate::statistics::timed;
@@ -11,7 +11,7 @@ use crate::vault::VaultError;
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Function, Pkcs11};
 use cryptoki::error::{Error, RvError};
 use cryptoki::session::{Session, UserType};
-use cryptoki::slot::Slot;
+use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 use kms_core::secret::SecretText;
 use std::path::Path;
@@ -52,7 +52,7 @@ impl Module {
 
     /// C_Finalize. Every session of this process must be gone and no call may be under way.
     pub(super) fn finalise(&self) {
-        if let Err(error) = self.context.clone().finalize() {
+        if let Err(error) = timed(Function::Finalize, || self.context.clone().finalize()) {
             tracing::debug!("C_Finalize: {}", Fault::from(error).into_answer());
         }
     }
@@ -75,8 +75,9 @@ impl Module {
     /// Every initialised token.
     pub(super) fn tokens(&self) -> Result<Vec<Token>, Fault> {
         let mut tokens = Vec::new();
-        for slot in self.context.get_slots_with_token()? {
-            let info = self.context.get_token_info(slot)?;
+        for slot in self.raw.slots_with_token()? {
+            let slot = Slot::try_from(slot)?;
+            let info = self.token_info(slot)?;
             if info.token_initialized() {
                 tokens.push(Token {
                     label: info.label().to_owned(),
@@ -92,19 +93,19 @@ impl Module {
     /// file in a search, also one that another session is half-way through writing; C_GenerateKey
     /// then fails with CKR_GENERAL_ERROR or CKR_TEMPLATE_INCONSISTENT.
     pub(super) fn by_turns(&self, token: &Token) -> Result<bool, Fault> {
-        let info = self.context.get_token_info(Slot::try_from(token.slot)?)?;
+        let info = self.token_info(Slot::try_from(token.slot)?)?;
         Ok(info.manufacturer_id().starts_with("SoftHSM"))
     }
 
-    /// Opens up to `wanted` read-write sessions, and logs in. There is at least one.
-    pub(super) fn sessions(
-        &self,
-        token: &Token,
-        wanted: usize,
-        pin: &SecretText,
-    ) -> Result<Vec<Session>, Fault> {
+    /// A read-write session, which the one who opened it must close.
+    pub(super) fn open_session(&self, token: &Token) -> Result<Session, Fault> {
         let slot = Slot::try_from(token.slot)?;
-        let info = self.context.get_token_info(slot)?;
+        Ok(timed(Function::OpenSession, || self.context.open_rw_session_no_drop(slot))?)
+    }
+
+    /// Whether a login makes sense: a PIN that cannot be right must not be tried.
+    pub(super) fn lets_users_in(&self, token: &Token) -> Result<(), Fault> {
+        let info = self.token_info(Slot::try_from(token.slot)?)?;
         if info.user_pin_locked() {
             return Err(VaultError::Credential("the PIN of the token is locked".to_owned()).into());
         }
@@ -112,22 +113,7 @@ impl Module {
             let what = "the token has no user PIN yet".to_owned();
             return Err(VaultError::Credential(what).into());
         }
-        let mut sessions = vec![self.context.open_rw_session(slot)?];
-        log_in(&sessions[0], pin)?;
-        while sessions.len() < wanted {
-            match self.context.open_rw_session(slot).map_err(Fault::from) {
-                Ok(session) => sessions.push(session),
-                Err(fault) if fault.class() == Some(Class::Capacity) => {
-                    tracing::warn!(
-                        "the token grants {} sessions of the {wanted} in the settings",
-                        sessions.len()
-                    );
-                    break;
-                }
-                Err(fault) => return Err(fault),
-            }
-        }
-        Ok(sessions)
+        Ok(())
     }
 
     /// Makes a token labelled `label` in the first slot that holds an uninitialised one.
@@ -152,16 +138,21 @@ impl Module {
     }
 
     fn free_slot(&self) -> Result<Slot, Fault> {
-        for slot in self.context.get_slots_with_token()? {
-            if !self.context.get_token_info(slot)?.token_initialized() {
+        for slot in self.raw.slots_with_token()? {
+            let slot = Slot::try_from(slot)?;
+            if !self.token_info(slot)?.token_initialized() {
                 return Ok(slot);
             }
         }
         Err(VaultError::Capacity("no slot holds an uninitialised token".to_owned()).into())
     }
+
+    fn token_info(&self, slot: Slot) -> Result<TokenInfo, Fault> {
+        Ok(timed(Function::GetTokenInfo, || self.context.get_token_info(slot))?)
+    }
 }
 
-fn log_in(session: &Session, pin: &SecretText) -> Result<(), Fault> {
+pub(super) fn log_in(session: &Session, pin: &SecretText) -> Result<(), Fault> {
     match timed(Function::Login, || session.login(UserType::User, Some(&auth_pin(pin)))) {
         Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
         result => Ok(result?),

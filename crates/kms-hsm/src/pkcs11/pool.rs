@@ -7,12 +7,11 @@
 
 use crate::pkcs11::error::{Class, Fault};
 use crate::pkcs11::module::Module;
-use crate::pkcs11::queue::{Call, Job, Phase, Queue, Repair, Undo, Waiting};
-use crate::pkcs11::seat::{Handles, Seat};
-use crate::pkcs11::{Settings, Token, ops};
+use crate::pkcs11::queue::{Call, Job, Phase, Queue, Repair, Then, Undo, Waiting};
+use crate::pkcs11::seat::Seat;
+use crate::pkcs11::{FIRST_ATTEMPT, Settings, Token, ops};
 use crate::statistics::{self, Statistics};
-use crate::vault::VaultError;
-use cryptoki::session::Session;
+use crate::vault::{Circuit, VaultError};
 use std::convert::Infallible;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -73,11 +72,11 @@ impl Pool {
     /// Loads the library and waits for the outcome of the first attempt to log in.
     ///
     /// # Errors
-    /// A library that cannot be loaded, a PIN that is refused. A token that is away is no error:
-    /// it is waited for.
+    /// A library that cannot be loaded. A token that is away is no error: it is waited for, as is
+    /// another PIN in the place of one that is refused.
     pub(super) fn start(settings: Settings, known: Option<Known>) -> Result<Self, VaultError> {
         let module = Module::load(&settings.library).map_err(Fault::into_answer)?;
-        let patience = settings.patience();
+        let patience = settings.patience().min(FIRST_ATTEMPT);
         let queue = Queue::new(settings.queue);
         let known = Mutex::new(known);
         let shared = Arc::new(Shared { queue, settings, known, visits: AtomicU64::new(0) });
@@ -94,9 +93,14 @@ impl Pool {
         })?;
         let pool = Self { shared, ended: Mutex::new(ended) };
         pool.shared.queue.wait(patience, |phase, _| *phase != Phase::Starting);
-        match pool.shared.queue.phase() {
-            Phase::Refused(cause) => Err(VaultError::Credential(cause)),
-            _ => Ok(pool),
+        Ok(pool)
+    }
+
+    /// Why the PIN is refused, while it is.
+    pub(super) fn refusal(&self) -> Option<String> {
+        match self.shared.queue.phase() {
+            Phase::Refused(cause) => Some(cause),
+            _ => None,
         }
     }
 
@@ -123,6 +127,26 @@ impl Pool {
         }
     }
 
+    /// Has a worker do `work`, and `then` what is to be done with the result, all on the worker's own thread: nobody
+    /// is woken for the result. The caller is there until it leaves the [`Waiting`] that comes with the job.
+    pub(super) fn direct<T: Send + 'static>(
+        work: impl FnMut(&Seat) -> Result<T, Fault> + Send + 'static,
+        then: Then<T>,
+    ) -> (Box<dyn Job>, Waiting) {
+        let (call, ticket) = Call::direct(work, then);
+        (call, Waiting(ticket))
+    }
+
+    /// Begins such a job; one that is refused is answered at once.
+    pub(super) fn submit(&self, job: Box<dyn Job>) {
+        // The caller has heard of it.
+        let _ = self.shared.queue.submit(job);
+    }
+
+    pub(super) fn queue(&self) -> &Queue {
+        &self.shared.queue
+    }
+
     /// The token that was found, once it was.
     pub(super) fn known(&self) -> Option<Known> {
         self.shared.known()
@@ -135,6 +159,10 @@ impl Pool {
             0 => self.shared.queue.standstill().map(Standstill::Calls),
             _ => Some(Standstill::Connecting(visits)),
         }
+    }
+
+    pub(super) fn circuit(&self) -> Circuit {
+        self.shared.queue.circuit()
     }
 
     /// What was counted, and how full it is now.
@@ -244,13 +272,8 @@ fn muster(shared: &Arc<Shared>, module: Option<&Arc<Module>>) -> Result<(), Faul
     }
     // The crew before us has left. What it could not close would count against the token's limit.
     module.raw().close_all_sessions(token.slot)?;
-    let sessions = log_in(settings, module, &token)?;
+    let seats = log_in(settings, module, &token)?;
     statistics::login(known.is_some());
-    let handles = Arc::new(Handles::new(module.by_turns(&token)?));
-    let seats: Vec<Seat> = sessions
-        .into_iter()
-        .map(|session| Seat::new(session, Arc::clone(&handles), Arc::clone(module)))
-        .collect();
     if let Some(first) = seats.first() {
         if known.is_none() {
             ops::plant_canary(first)?;
@@ -270,10 +293,11 @@ fn muster(shared: &Arc<Shared>, module: Option<&Arc<Module>>) -> Result<(), Faul
     send_to_work(shared, seats)
 }
 
-fn log_in(settings: &Settings, module: &Module, token: &Token) -> Result<Vec<Session>, Fault> {
+fn log_in(settings: &Settings, module: &Arc<Module>, token: &Token) -> Result<Vec<Seat>, Fault> {
     let pin = settings.pin.to_try().map_err(VaultError::Credential)?;
-    let sessions = module.sessions(token, settings.sessions, &pin);
-    sessions.map_err(|fault| {
+    let seats = Seat::take(module, token, settings.sessions, &pin);
+    let seats = seats.inspect(|_| settings.pin.accept(&pin));
+    seats.map_err(|fault| {
         let error = fault.into_answer();
         if let VaultError::Credential(why) = &error {
             settings.pin.refuse(&pin, why);

@@ -2,11 +2,15 @@
 //!
 //! A PKCS#11 call has no time limit of its own and cannot be called off. So a caller leaves at its
 //! deadline, its job is skipped if no worker has begun it, and is counted as stuck if one has.
+//!
+//! A worker that sleeps is woken only where that is quicker than to wait for one that is awake. Most
+//! calls into a library in this machine's memory are over before another thread has begun to run, and
+//! two threads in it only wait for each other's locks; over a network, every worker is wanted.
 
 use crate::pkcs11::error::Fault;
 use crate::pkcs11::seat::Seat;
 use crate::statistics;
-use crate::vault::VaultError;
+use crate::vault::{Circuit, VaultError};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,6 +19,10 @@ use tokio::sync::oneshot;
 
 /// A loss of the sessions can hit a job twice: as it happens, and seen late by a slower worker.
 const RETRIES: u8 = 2;
+/// About what it takes to wake a thread and to put it to sleep again. A call that takes no longer is quick.
+const QUICK: Duration = Duration::from_micros(100);
+/// How many jobs it takes to change one's mind about the library; a thread may lose its processor in any of them.
+const SURE: u8 = 16;
 
 /// One request on its way to the token.
 pub(super) trait Job: Send {
@@ -26,6 +34,8 @@ pub(super) trait Job: Send {
     fn wanted(&self) -> bool;
     /// Whether it may be tried with new sessions; counts.
     fn retry(&mut self) -> bool;
+    /// Whether it is of the kind that comes by the thousand, and is quick where the library is.
+    fn is_brief(&self) -> bool;
     /// The caller's mark.
     fn ticket(&self) -> &Arc<Ticket>;
 }
@@ -41,7 +51,7 @@ pub(super) struct Ticket {
 
 /// A caller that waits. It may leave at any time, and its job then counts as one that nobody waits for.
 #[derive(Debug)]
-pub(super) struct Waiting(pub(super) Arc<Ticket>);
+pub(crate) struct Waiting(pub(super) Arc<Ticket>);
 
 impl Drop for Waiting {
     fn drop(&mut self) {
@@ -54,10 +64,21 @@ pub(super) struct Call<T, F> {
     /// Dropped before the answer goes out, with whatever name or turn it has reserved.
     work: Option<F>,
     undo: Option<Undo>,
-    answer: Option<oneshot::Sender<Result<T, VaultError>>>,
+    reply: Option<Reply<T>>,
     ticket: Arc<Ticket>,
     retries: u8,
 }
+
+/// Who gets the answer.
+enum Reply<T> {
+    /// A task, which is woken for it.
+    Task(oneshot::Sender<Result<T, VaultError>>),
+    /// Whoever this leads to, on the worker's own thread.
+    Direct(Then<T>),
+}
+
+/// What is done with an answer. It must not wait for anything.
+pub(crate) type Then<T> = Box<dyn FnOnce(Result<T, VaultError>) + Send>;
 
 /// How much there is to do, and who does it.
 #[derive(Clone, Copy, Debug)]
@@ -100,7 +121,7 @@ pub(super) enum Phase {
 #[derive(Debug)]
 pub(super) struct Queue {
     state: Mutex<State>,
-    /// For workers: a job, or the end of the phase.
+    /// For workers that sleep: a job, or the end of the phase.
     work: Condvar,
     /// For the supervisor and for `open`: the phase, or a worker that left.
     change: Condvar,
@@ -110,11 +131,26 @@ pub(super) struct Queue {
 struct State {
     phase: Phase,
     jobs: VecDeque<Box<dyn Job>>,
-    at_work: Vec<Arc<Ticket>>,
+    at_work: Vec<Work>,
     crew: usize,
+    asleep: usize,
+    /// Of those asleep, how many were woken and have not got up yet.
+    woken: usize,
+    pace: Pace,
     /// How many jobs workers have come back from.
     done: u64,
 }
+
+/// A job in a worker's hands.
+struct Work {
+    ticket: Arc<Ticket>,
+    /// Since when it is under way, if it is brief; of others nobody expects that they return soon.
+    since: Option<Duration>,
+}
+
+/// Whether most jobs of late were quick: up to [`SURE`] of them are remembered.
+#[derive(Default)]
+struct Pace(u8);
 
 impl<T, F> Call<T, F> {
     pub(super) fn new(
@@ -122,21 +158,52 @@ impl<T, F> Call<T, F> {
         undo: Option<Undo>,
     ) -> (Box<Self>, Arc<Ticket>, oneshot::Receiver<Result<T, VaultError>>) {
         let (sender, receiver) = oneshot::channel();
-        let ticket = Arc::new(Ticket { since: statistics::now(), ..Ticket::default() });
-        let call = Self {
-            work: Some(work),
-            undo,
-            answer: Some(sender),
-            ticket: Arc::clone(&ticket),
-            retries: 0,
-        };
+        let call = Self::with(work, undo, Reply::Task(sender));
+        let ticket = Arc::clone(&call.ticket);
         (Box::new(call), ticket, receiver)
+    }
+
+    /// One whose answer goes to `then`, unless the caller has left.
+    pub(super) fn direct(work: F, then: Then<T>) -> (Box<Self>, Arc<Ticket>) {
+        let call = Self::with(work, None, Reply::Direct(then));
+        let ticket = Arc::clone(&call.ticket);
+        (Box::new(call), ticket)
+    }
+
+    fn with(work: F, undo: Option<Undo>, reply: Reply<T>) -> Self {
+        let ticket = Arc::new(Ticket { since: statistics::now(), ..Ticket::default() });
+        Self { work: Some(work), undo, reply: Some(reply), ticket, retries: 0 }
+    }
+
+    fn has_caller(&self) -> bool {
+        match &self.reply {
+            Some(Reply::Task(caller)) => !caller.is_closed(),
+            Some(Reply::Direct(_)) => !self.ticket.left.load(Ordering::Relaxed),
+            None => false,
+        }
     }
 
     /// Answers once; false when nobody takes the answer.
     fn answer(&mut self, answer: Result<T, VaultError>) -> bool {
         self.work = None;
-        self.answer.take().is_some_and(|caller| caller.send(answer).is_ok())
+        if !self.has_caller() {
+            return false;
+        }
+        match self.reply.take() {
+            Some(Reply::Task(caller)) => caller.send(answer).is_ok(),
+            Some(Reply::Direct(then)) => {
+                then(answer);
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+impl<T, F> Drop for Call<T, F> {
+    /// A task hears by itself of a job that was dropped; nobody else does.
+    fn drop(&mut self) {
+        self.answer(Err(VaultError::Unavailable { cause: "a worker ended".to_owned() }));
     }
 }
 
@@ -160,12 +227,16 @@ where
     }
 
     fn wanted(&self) -> bool {
-        self.answer.as_ref().is_some_and(|answer| !answer.is_closed())
+        self.has_caller()
     }
 
     fn retry(&mut self) -> bool {
         self.retries += 1;
         self.retries <= RETRIES && self.wanted()
+    }
+
+    fn is_brief(&self) -> bool {
+        matches!(self.reply, Some(Reply::Direct(_)))
     }
 
     fn ticket(&self) -> &Arc<Ticket> {
@@ -180,6 +251,15 @@ impl Ticket {
     }
 }
 
+impl Waiting {
+    /// Leaves; at its deadline, if it has come that long ago.
+    pub(crate) fn leave(self, deadline: Duration) {
+        if statistics::now().saturating_sub(self.0.since) >= deadline {
+            self.0.expire();
+        }
+    }
+}
+
 impl Queue {
     pub(super) fn new(capacity: usize) -> Self {
         let state = State {
@@ -187,27 +267,28 @@ impl Queue {
             jobs: VecDeque::new(),
             at_work: Vec::new(),
             crew: 0,
+            asleep: 0,
+            woken: 0,
+            pace: Pace::default(),
             done: 0,
         };
         Self { state: Mutex::new(state), work: Condvar::new(), change: Condvar::new(), capacity }
     }
 
-    /// Puts a job in, or says at once why not.
+    /// Puts a job in, or says at once why not, to its caller as well.
     ///
     /// # Errors
     /// `Busy` when the queue is full; `Unavailable` or `Credential` while nobody could serve it.
-    pub(super) fn submit(&self, job: Box<dyn Job>) -> Result<(), VaultError> {
+    pub(super) fn submit(&self, mut job: Box<dyn Job>) -> Result<(), VaultError> {
         let mut state = self.state();
-        state.admits()?;
-        if state.jobs.len() >= self.capacity {
-            state.jobs.retain(|job| job.wanted());
+        if let Err(error) = state.make_room(self.capacity) {
+            drop(state);
+            job.fail(error.clone());
+            return Err(error);
         }
-        if state.jobs.len() >= self.capacity {
-            return Err(VaultError::Busy);
-        }
+        let now = job.ticket().since;
         state.jobs.push_back(job);
-        drop(state);
-        self.work.notify_one();
+        self.wake_one(state, now);
         Ok(())
     }
 
@@ -220,20 +301,43 @@ impl Queue {
             }
             while let Some(job) = state.jobs.pop_front() {
                 if job.wanted() {
-                    state.at_work.push(Arc::clone(job.ticket()));
+                    let (ticket, now) = (Arc::clone(job.ticket()), statistics::now());
+                    let since = job.is_brief().then_some(now);
+                    state.at_work.push(Work { ticket, since });
+                    self.wake_one(state, now);
                     statistics::waited(job.ticket().since);
                     return Some(job);
                 }
             }
+            state.asleep += 1;
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.asleep -= 1;
+            state.woken = state.woken.saturating_sub(1);
         }
     }
 
     /// A worker has finished what it took.
     pub(super) fn done(&self, ticket: &Arc<Ticket>) {
+        let now = statistics::now();
         let mut state = self.state();
-        state.at_work.retain(|other| !Arc::ptr_eq(other, ticket));
+        if let Some(place) = state.at_work.iter().position(|work| Arc::ptr_eq(&work.ticket, ticket))
+        {
+            let work = state.at_work.swap_remove(place);
+            if let Some(since) = work.since {
+                state.pace.note(now.saturating_sub(since));
+            }
+        }
         state.done += 1;
+    }
+
+    /// Has a worker look that sleeps while something waits: those who are awake may not come back. To be called now
+    /// and then.
+    pub(super) fn nudge(&self) {
+        let state = self.state();
+        if !state.jobs.is_empty() {
+            // So long a time that no call is quick.
+            self.wake_one(state, Duration::MAX);
+        }
     }
 
     /// A worker has lost its session or the device. Its job is served again after the repair.
@@ -257,6 +361,7 @@ impl Queue {
             state.phase = Phase::Up;
         }
         state.crew = size;
+        state.woken = 0;
         state.at_work.clear();
         drop(state);
         self.wake_all();
@@ -290,9 +395,20 @@ impl Queue {
     /// How many jobs are done, while only such are under way as nobody waits for.
     pub(super) fn standstill(&self) -> Option<u64> {
         let state = self.state();
-        let alone = |ticket: &Arc<Ticket>| ticket.left.load(Ordering::Relaxed);
+        let alone = |work: &Work| work.ticket.left.load(Ordering::Relaxed);
         let still = !state.at_work.is_empty() && state.at_work.iter().all(alone);
         still.then_some(state.done)
+    }
+
+    pub(super) fn circuit(&self) -> Circuit {
+        let state = self.state();
+        match state.phase {
+            Phase::Up if state.all_stuck() => Circuit::Open,
+            Phase::Up => Circuit::Closed,
+            Phase::Starting | Phase::Broken(..) => Circuit::Repairing,
+            Phase::Down(_) | Phase::Closed => Circuit::Open,
+            Phase::Refused(_) => Circuit::Refused,
+        }
     }
 
     pub(super) fn load(&self) -> Load {
@@ -326,6 +442,16 @@ impl Queue {
         state.phase.clone()
     }
 
+    /// Wakes a worker if there is work for one more.
+    fn wake_one(&self, mut state: MutexGuard<'_, State>, now: Duration) {
+        let wake = state.wants_a_hand(now);
+        state.woken += usize::from(wake);
+        drop(state);
+        if wake {
+            self.work.notify_one();
+        }
+    }
+
     fn wake_all(&self) {
         self.work.notify_all();
         self.change.notify_all();
@@ -350,8 +476,26 @@ impl State {
         }
     }
 
+    fn make_room(&mut self, capacity: usize) -> Result<(), VaultError> {
+        self.admits()?;
+        if self.jobs.len() >= capacity {
+            self.jobs.retain(|job| job.wanted());
+        }
+        if self.jobs.len() >= capacity { Err(VaultError::Busy) } else { Ok(()) }
+    }
+
+    /// Whether a worker should be woken for what waits.
+    fn wants_a_hand(&self, now: Duration) -> bool {
+        if self.jobs.is_empty() || self.asleep <= self.woken {
+            return false;
+        }
+        let awake = self.crew.saturating_sub(self.asleep - self.woken);
+        let long = |work: &&Work| work.since.is_none_or(|since| now.saturating_sub(since) > QUICK);
+        !self.pace.is_quick() || awake <= self.at_work.iter().filter(long).count()
+    }
+
     fn all_stuck(&self) -> bool {
-        let overdue = |ticket: &Arc<Ticket>| ticket.overdue.load(Ordering::Relaxed);
+        let overdue = |work: &Work| work.ticket.overdue.load(Ordering::Relaxed);
         self.crew > 0 && self.at_work.len() >= self.crew && self.at_work.iter().all(overdue)
     }
 
@@ -363,6 +507,16 @@ impl State {
             }
             _ => {}
         }
+    }
+}
+
+impl Pace {
+    fn note(&mut self, took: Duration) {
+        self.0 = if took <= QUICK { (self.0 + 1).min(SURE) } else { self.0.saturating_sub(1) };
+    }
+
+    fn is_quick(&self) -> bool {
+        self.0 > SURE / 2
     }
 }
 
@@ -378,140 +532,5 @@ impl std::fmt::Debug for State {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    type Answer = oneshot::Receiver<Result<(), VaultError>>;
-
-    fn job() -> (Box<dyn Job>, Arc<Ticket>, Answer) {
-        let (call, ticket, answer) = Call::new(|_: &Seat| Ok(()), None);
-        (call, ticket, answer)
-    }
-
-    fn up(capacity: usize, crew: usize) -> Queue {
-        let queue = Queue::new(capacity);
-        queue.up(crew);
-        queue
-    }
-
-    fn lost() -> VaultError {
-        VaultError::Unavailable { cause: "lost".to_owned() }
-    }
-
-    #[test]
-    fn a_full_queue_is_busy_until_a_caller_leaves() {
-        let queue = up(2, 1);
-        let (one, _, first) = job();
-        let (two, _, _second) = job();
-        assert_eq!(queue.submit(one), Ok(()));
-        assert_eq!(queue.submit(two), Ok(()));
-        assert_eq!(queue.submit(job().0), Err(VaultError::Busy));
-        drop(first);
-        let (three, _, _third) = job();
-        assert_eq!(queue.submit(three), Ok(()));
-    }
-
-    #[test]
-    fn a_job_that_nobody_waits_for_is_not_begun() {
-        let queue = up(2, 1);
-        let (left, _, answer) = job();
-        queue.submit(left).unwrap();
-        drop(answer);
-        let (wanted, ticket, _answer) = job();
-        queue.submit(wanted).unwrap();
-        assert!(Arc::ptr_eq(queue.take().unwrap().ticket(), &ticket));
-    }
-
-    #[test]
-    fn a_job_is_tried_again_first_after_a_repair_but_not_for_ever() {
-        let queue = up(2, 1);
-        let (unlucky, ticket, mut answer) = job();
-        let (next, _, _next) = job();
-        queue.submit(unlucky).unwrap();
-        queue.submit(next).unwrap();
-        for _ in 0..RETRIES {
-            let job = queue.take().unwrap();
-            assert!(Arc::ptr_eq(job.ticket(), &ticket));
-            queue.broken(Repair::Sessions, "lost", job);
-            assert!(queue.take().is_none(), "this crew must leave");
-            queue.up(1);
-        }
-        let job = queue.take().unwrap();
-        queue.broken(Repair::Sessions, "lost", job);
-        assert_eq!(answer.try_recv(), Ok(Err(lost())));
-    }
-
-    #[test]
-    fn requests_wait_for_the_first_repair_and_are_refused_during_the_next() {
-        let queue = up(2, 2);
-        let (first, _, _first) = job();
-        queue.submit(first).unwrap();
-        let job_at_work = queue.take().unwrap();
-        queue.broken(Repair::Sessions, "closed", job_at_work);
-        assert_eq!(queue.phase(), Phase::Broken(Repair::Sessions, "closed".to_owned()));
-        let (waiting, _, mut answer) = job();
-        assert_eq!(queue.submit(waiting), Ok(()));
-        queue.down(Phase::Down("lost".to_owned()));
-        assert_eq!(answer.try_recv(), Ok(Err(lost())));
-        assert_eq!(queue.submit(job().0), Err(lost()));
-        queue.down(Phase::Refused("the PIN".to_owned()));
-        assert_eq!(queue.submit(job().0), Err(VaultError::Credential("the PIN".to_owned())));
-    }
-
-    #[test]
-    fn the_deeper_repair_wins() {
-        let queue = up(4, 2);
-        let (one, _, _one) = job();
-        let (two, _, _two) = job();
-        queue.submit(one).unwrap();
-        queue.submit(two).unwrap();
-        let (one, two) = (queue.take().unwrap(), queue.take().unwrap());
-        queue.broken(Repair::Device, "gone", one);
-        queue.broken(Repair::Sessions, "closed", two);
-        assert_eq!(queue.phase(), Phase::Broken(Repair::Device, "gone".to_owned()));
-    }
-
-    #[test]
-    fn a_crew_of_which_every_call_is_overdue_takes_no_more() {
-        let queue = up(4, 2);
-        let (one, first, _one) = job();
-        let (two, second, _two) = job();
-        queue.submit(one).unwrap();
-        queue.submit(two).unwrap();
-        let _running = (queue.take().unwrap(), queue.take().unwrap());
-        first.expire();
-        let (waiting, _, _answer) = job();
-        assert_eq!(queue.submit(waiting), Ok(()), "one worker may still return");
-        second.expire();
-        assert!(matches!(queue.submit(job().0), Err(VaultError::Unavailable { .. })));
-        queue.done(&first);
-        let (served, _, _answer) = job();
-        assert_eq!(queue.submit(served), Ok(()));
-    }
-
-    #[test]
-    fn it_stands_still_while_only_calls_are_under_way_that_nobody_waits_for() {
-        let queue = up(4, 2);
-        assert_eq!(queue.standstill(), None);
-        let (one, first, _one) = job();
-        let (two, second, _two) = job();
-        queue.submit(one).unwrap();
-        queue.submit(two).unwrap();
-        let _running = (queue.take().unwrap(), queue.take().unwrap());
-        drop(Waiting(first.clone()));
-        assert_eq!(queue.standstill(), None, "the second may still return");
-        queue.done(&second);
-        assert_eq!(queue.standstill(), Some(1));
-        queue.done(&first);
-        assert_eq!(queue.standstill(), None);
-    }
-
-    #[test]
-    fn a_closed_queue_stays_closed() {
-        let queue = up(1, 1);
-        queue.down(Phase::Closed);
-        queue.up(1);
-        assert!(queue.take().is_none());
-        assert!(matches!(queue.submit(job().0), Err(VaultError::Unavailable { .. })));
-    }
-}
+#[path = "queue_tests.rs"]
+mod tests;

@@ -1,19 +1,20 @@
 //! The hot path: Encrypt, Decrypt and Sign in two calls each, straight through the C function list.
 //!
 //! The safe wrapper asks for the length of the result first; over a network HSM that third call
-//! costs a third of the rate. We know the lengths, so the buffers are made here. This is the only
-//! file of the product with unsafe code.
+//! costs a third of the rate. We know the lengths, so the buffers are made here; those of attributes
+//! as well. And whatever would be several calls, or one that nobody sees, is made here one by one, so
+//! that each is counted. This is the only file of the product with unsafe code.
 
 use crate::pkcs11::error::Fault;
 use crate::statistics::timed;
 use cryptoki::context::Function;
-use cryptoki::error::{Error, Rv};
-use cryptoki::object::ObjectHandle;
+use cryptoki::error::{Error, Rv, RvError};
+use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
 use cryptoki::session::Session;
 use cryptoki_sys::{
-    CK_BYTE, CK_FUNCTION_LIST, CK_GCM_PARAMS, CK_MECHANISM, CK_MECHANISM_TYPE, CK_OBJECT_HANDLE,
-    CK_RV, CK_SESSION_HANDLE, CK_ULONG, CKM_AES_CBC_PAD, CKM_AES_GCM, CKM_SHA256_RSA_PKCS,
-    CKM_SHA512_HMAC,
+    CK_ATTRIBUTE, CK_BYTE, CK_FUNCTION_LIST, CK_GCM_PARAMS, CK_MECHANISM, CK_MECHANISM_TYPE,
+    CK_OBJECT_HANDLE, CK_RV, CK_SESSION_HANDLE, CK_SLOT_ID, CK_TRUE, CK_ULONG,
+    CK_UNAVAILABLE_INFORMATION, CKM_AES_CBC_PAD, CKM_AES_GCM, CKM_SHA256_RSA_PKCS, CKM_SHA512_HMAC,
 };
 use std::path::Path;
 use std::ptr;
@@ -26,6 +27,8 @@ pub(super) const TAG_LEN: usize = 16;
 const TAG_BITS: CK_ULONG = 128;
 /// RSA-4096; ours are shorter.
 const SIGNATURE_MAX: usize = 512;
+/// More than any attribute of ours has; the longest is the modulus of an RSA key.
+const ATTRIBUTE_MAX: usize = 512;
 
 /// `C_*Init` of the operations.
 type Init = unsafe extern "C" fn(CK_SESSION_HANDLE, *mut CK_MECHANISM, CK_OBJECT_HANDLE) -> CK_RV;
@@ -175,8 +178,79 @@ impl Raw {
     pub(super) fn close_all_sessions(&self, slot: CK_ULONG) -> Result<(), Fault> {
         let close = self.functions.C_CloseAllSessions.ok_or(Error::NullFunctionPointer)?;
         // SAFETY: a number is all that the function takes.
-        let code = unsafe { close(slot) };
+        let code = timed(Function::CloseAllSessions, || unsafe { close(slot) });
         Ok(Rv::from(code).into_result(Function::CloseAllSessions)?)
+    }
+
+    /// Closes a session that does not do so itself. Nothing can be done about one that does not close.
+    #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
+    pub(super) fn close_session(&self, session: &Session) -> Result<(), Fault> {
+        let close = self.functions.C_CloseSession.ok_or(Error::NullFunctionPointer)?;
+        // SAFETY: a number is all that the function takes.
+        let code = timed(Function::CloseSession, || unsafe { close(session.handle()) });
+        Ok(Rv::from(code).into_result(Function::CloseSession)?)
+    }
+
+    /// The slots with a token in them. Asked for their number first: that is when a library looks
+    /// at its readers again.
+    #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
+    pub(super) fn slots_with_token(&self) -> Result<Vec<CK_SLOT_ID>, Fault> {
+        let list = self.functions.C_GetSlotList.ok_or(Error::NullFunctionPointer)?;
+        let mut count = 0;
+        // SAFETY: without a place for the slots the function only counts them.
+        let code = timed(Function::GetSlotList, || unsafe {
+            list(CK_TRUE, ptr::null_mut(), &raw mut count)
+        });
+        Rv::from(code).into_result(Function::GetSlotList)?;
+        let mut slots = vec![0; usize::try_from(count).map_err(Error::from)?];
+        // SAFETY: `slots` has room for as many as `count` says.
+        let code = timed(Function::GetSlotList, || unsafe {
+            list(CK_TRUE, slots.as_mut_ptr(), &raw mut count)
+        });
+        // CKR_BUFFER_TOO_SMALL: another came meanwhile. Whoever looks for it looks again.
+        Rv::from(code).into_result(Function::GetSlotList)?;
+        slots.truncate(usize::try_from(count).map_err(Error::from)?);
+        Ok(slots)
+    }
+
+    /// Reads attributes, none of which is secret, in one call. What the object does not have, or the token does not
+    /// show, is left out.
+    #[expect(unsafe_code, reason = "PKCS#11 is a C interface")]
+    pub(super) fn attributes(
+        &self,
+        session: &Session,
+        object: ObjectHandle,
+        types: &[AttributeType],
+    ) -> Result<Vec<Attribute>, Fault> {
+        let read = self.functions.C_GetAttributeValue.ok_or(Error::NullFunctionPointer)?;
+        let room = CK_ULONG::try_from(ATTRIBUTE_MAX).map_err(Error::from)?;
+        let count = CK_ULONG::try_from(types.len()).map_err(Error::from)?;
+        let mut values = vec![[0u8; ATTRIBUTE_MAX]; types.len()];
+        let place = |(kind, value): (&AttributeType, &mut [u8; ATTRIBUTE_MAX])| CK_ATTRIBUTE {
+            type_: (*kind).into(),
+            pValue: value.as_mut_ptr().cast(),
+            ulValueLen: room,
+        };
+        let mut found: Vec<CK_ATTRIBUTE> = types.iter().zip(&mut values).map(place).collect();
+        // SAFETY: the array has `count` places, each of which points to as many bytes as it says; `values` is used
+        // by nobody else before the last of them is read below.
+        let code = timed(Function::GetAttributeValue, || unsafe {
+            read(session.handle(), object.handle(), found.as_mut_ptr(), count)
+        });
+        match Rv::from(code) {
+            // Said of some, while the others are there.
+            Rv::Error(
+                RvError::AttributeSensitive
+                | RvError::AttributeTypeInvalid
+                | RvError::BufferTooSmall,
+            ) => {}
+            code => code.into_result(Function::GetAttributeValue)?,
+        }
+        found.retain(|attribute| attribute.ulValueLen != CK_UNAVAILABLE_INFORMATION);
+        if found.iter().any(|attribute| attribute.ulValueLen > room) {
+            return Err(Fault::device("C_GetAttributeValue: more bytes than fit"));
+        }
+        Ok(found.into_iter().map(Attribute::try_from).collect::<Result<_, _>>()?)
     }
 
     /// HMAC-SHA-512, all 64 bytes of it.

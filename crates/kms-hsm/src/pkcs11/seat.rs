@@ -4,23 +4,30 @@
 //! second), so handles are kept. They are worth nothing after the next login: a new crew of workers
 //! starts with an empty map.
 
+use crate::pkcs11::Token;
 use crate::pkcs11::error::{Class, Fault};
 use crate::pkcs11::gcm::{self, IvChoice, IvMode};
 use crate::pkcs11::keys::{self, Kind};
-use crate::pkcs11::module::Module;
+use crate::pkcs11::module::{Module, log_in};
 use crate::pkcs11::raw::{BLOCK, Raw};
 use crate::statistics::timed;
 use crate::vault::VaultError;
 use cryptoki::context::Function;
-use cryptoki::object::{Attribute, AttributeType, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeInfo, AttributeType, ObjectHandle};
 use cryptoki::session::{Session, SessionState};
+use kms_core::secret::SecretText;
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 use uuid::Uuid;
 
 /// How many handles one C_FindObjects may return. A token of 5,000 versions answers in 40 calls.
 const FIND_AT_ONCE: NonZeroUsize = NonZeroUsize::new(256).unwrap();
+/// How many IVs one C_GenerateRandom makes: a call for each wrap would be a fifth of its time over a network.
+const IVS_AT_ONCE: usize = 64;
 
 /// A session, and everything that goes with it.
 #[derive(Debug)]
@@ -28,6 +35,8 @@ pub(super) struct Seat {
     session: Session,
     handles: Arc<Handles>,
     module: Arc<Module>,
+    /// Random bytes of the token for the next IVs. Each is used once, and nobody sees it before.
+    ivs: RefCell<Vec<[u8; BLOCK]>>,
 }
 
 /// What holds for one login: object handles by CKA_ID and kind, and what the self-test has found.
@@ -40,12 +49,62 @@ pub(super) struct Handles {
 }
 
 impl Seat {
-    pub(super) fn new(session: Session, handles: Arc<Handles>, module: Arc<Module>) -> Self {
-        Self { session, handles, module }
+    /// Up to `wanted` seats in front of `token`, logged in. There is at least one.
+    pub(super) fn take(
+        module: &Arc<Module>,
+        token: &Token,
+        wanted: usize,
+        pin: &SecretText,
+    ) -> Result<Vec<Self>, Fault> {
+        module.lets_users_in(token)?;
+        let handles = Arc::new(Handles::new(module.by_turns(token)?));
+        let open = || -> Result<Self, Fault> {
+            let session = module.open_session(token)?;
+            let (handles, module) = (Arc::clone(&handles), Arc::clone(module));
+            Ok(Self { session, handles, module, ivs: RefCell::default() })
+        };
+        let mut seats = vec![open()?];
+        // One login lets all sessions of the process in.
+        seats.first().map_or(Ok(()), |first| log_in(&first.session, pin))?;
+        while seats.len() < wanted {
+            match open() {
+                Ok(seat) => seats.push(seat),
+                Err(fault) if fault.class() == Some(Class::Capacity) => {
+                    tracing::warn!(
+                        "the token grants {} sessions of the {wanted} in the settings",
+                        seats.len()
+                    );
+                    break;
+                }
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(seats)
     }
 
     pub(super) fn session(&self) -> &Session {
         &self.session
+    }
+
+    /// Fills `bytes` from the token's random source.
+    pub(super) fn random(&self, bytes: &mut [u8]) -> Result<(), Fault> {
+        Ok(timed(Function::GenerateRandom, || self.session.generate_random_slice(bytes))?)
+    }
+
+    /// An IV that nobody can foretell, as CBC needs it.
+    ///
+    /// # Errors
+    /// Those of the token.
+    pub(super) fn iv(&self) -> Result<[u8; BLOCK], Fault> {
+        let mut ivs = self.ivs.borrow_mut();
+        if let Some(iv) = ivs.pop() {
+            return Ok(iv);
+        }
+        let mut bytes = [0; BLOCK * IVS_AT_ONCE];
+        self.random(&mut bytes)?;
+        let (blocks, _) = bytes.as_chunks::<BLOCK>();
+        ivs.extend_from_slice(blocks);
+        ivs.pop().ok_or_else(|| Fault::device("C_GenerateRandom: nothing"))
     }
 
     pub(super) fn raw(&self) -> &Raw {
@@ -66,6 +125,7 @@ impl Seat {
             // Two replicas that start together on a new token may both plant one.
             [first, ..] if kind == Kind::Canary => *first,
             [only] => *only,
+            [first, ..] if self.are_one(kind, &found)? => *first,
             several => {
                 let what = format!("{} objects where one may be: {kind:?} {id}", several.len());
                 return Err(VaultError::Policy(what).into());
@@ -75,20 +135,62 @@ impl Seat {
         Ok(handle)
     }
 
+    /// Whether these objects are one key that is shown several times. While several processes make objects in one token,
+    /// SoftHSM 2.6 may show one of them twice, for as long as the process lives; what computes alike is the same key.
+    pub(super) fn are_one(&self, kind: Kind, objects: &[ObjectHandle]) -> Result<bool, Fault> {
+        let input = [0; BLOCK];
+        let mut made = Vec::with_capacity(objects.len());
+        for object in objects {
+            made.push(match kind {
+                Kind::Root | Kind::Canary => {
+                    self.raw().encrypt(&self.session, *object, &[0; BLOCK], &input)?
+                }
+                Kind::Mac => self.raw().hmac(&self.session, *object, &input)?.to_vec(),
+                Kind::Signing | Kind::Verifying => return Ok(false),
+            });
+        }
+        made.dedup();
+        Ok(made.len() == 1)
+    }
+
     /// All objects that fit, as a logged-in session sees them.
     ///
     /// A session that was logged out behind our back sees no private objects, and would report
     /// every key as lost; so an answer counts only while the login lasts.
     pub(super) fn find(&self, search: &[Attribute]) -> Result<Vec<ObjectHandle>, Fault> {
-        let found = self.look(Function::FindObjects, |session| {
-            session
-                .iter_objects_with_cache_size(search, FIND_AT_ONCE)?
-                .collect::<Result<Vec<_>, _>>()
-        })?;
-        match self.session.get_session_info()?.session_state() {
+        let found = self.search(search)?;
+        let info = timed(Function::GetSessionInfo, || self.session.get_session_info())?;
+        match info.session_state() {
             SessionState::RwUser | SessionState::RoUser => Ok(found),
             state => Err(Fault::session(format!("no longer logged in ({state:?})"))),
         }
+    }
+
+    fn search(&self, search: &[Attribute]) -> Result<Vec<ObjectHandle>, Fault> {
+        let _beside_others = self.look();
+        let mut objects = timed(Function::FindObjectsInit, || {
+            self.session.iter_objects_with_cache_size(search, FIND_AT_ONCE)
+        })?;
+        let mut found = Vec::new();
+        // The iterator asks the token for so many at a time, and never again after it got fewer.
+        let mut more = || {
+            timed(Function::FindObjects, || {
+                objects.by_ref().take(FIND_AT_ONCE.get()).collect::<Result<Vec<_>, _>>()
+            })
+        };
+        let outcome = loop {
+            match more() {
+                Ok(some) => {
+                    found.extend_from_slice(&some);
+                    if some.len() < FIND_AT_ONCE.get() {
+                        break Ok(found);
+                    }
+                }
+                Err(error) => break Err(error.into()),
+            }
+        };
+        timed(Function::FindObjectsFinal, || drop(objects));
+        outcome
     }
 
     /// What a token says of an object that somebody else may have made just now.
@@ -97,16 +199,27 @@ impl Seat {
         object: ObjectHandle,
         types: &[AttributeType],
     ) -> Result<Vec<Attribute>, Fault> {
-        self.look(Function::GetAttributeValue, |session| session.get_attributes(object, types))
+        let _beside_others = self.look();
+        self.raw().attributes(&self.session, object, types)
     }
 
-    fn look<T>(
-        &self,
-        function: Function,
-        call: impl FnOnce(&Session) -> Result<T, cryptoki::error::Error>,
-    ) -> Result<T, Fault> {
-        let _beside_others = self.handles.turns.as_ref().map(RwLock::read);
-        Ok(timed(function, || call(&self.session))?)
+    /// Whether the token shows this attribute; it is not asked for its value.
+    pub(super) fn shows(&self, object: ObjectHandle, kind: AttributeType) -> Result<bool, Fault> {
+        let _beside_others = self.look();
+        let info = timed(Function::GetAttributeValue, || {
+            self.session.get_attribute_info(object, &[kind])
+        })?;
+        Ok(info.iter().any(|info| matches!(info, AttributeInfo::Available(_))))
+    }
+
+    fn look(&self) -> Option<RwLockReadGuard<'_, ()>> {
+        let turns = self.handles.turns.as_ref()?;
+        Some(turns.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn alone(&self) -> Option<RwLockWriteGuard<'_, ()>> {
+        let turns = self.handles.turns.as_ref()?;
+        Some(turns.write().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Makes or destroys objects. Where it must, it waits for all who look for some.
@@ -115,7 +228,7 @@ impl Seat {
         function: Function,
         call: impl FnOnce(&Session) -> Result<T, cryptoki::error::Error>,
     ) -> Result<T, Fault> {
-        let _alone = self.handles.turns.as_ref().map(RwLock::write);
+        let _alone = self.alone();
         Ok(timed(function, || call(&self.session))?)
     }
 
@@ -207,6 +320,14 @@ impl Seat {
 /// The fault of a token whose objects are gone.
 pub(super) fn emptied() -> Fault {
     Fault::device("the token no longer holds the objects it held")
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Err(fault) = self.raw().close_session(&self.session) {
+            tracing::debug!("a session that was lost: {}", fault.into_answer());
+        }
+    }
 }
 
 impl Handles {

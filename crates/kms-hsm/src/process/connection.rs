@@ -1,9 +1,9 @@
 //! The calls that wait for one worker. When it is gone they all hear of it, and none waits longer.
 
-use super::socket;
+use super::socket::{self, Inbox};
 use super::wire::{Answer, Call, FromWorker, MAX_PACKET, Pulse, ToWorker};
 use crate::pkcs11::Pin;
-use crate::vault::VaultError;
+use crate::vault::{Circuit, VaultError};
 use kms_core::secret::SecretText;
 use std::collections::HashMap;
 use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
@@ -27,6 +27,8 @@ pub(super) struct Connection {
     /// With which the worker logs in.
     pin: SecretText,
     refused: AtomicBool,
+    /// As the last pulse told.
+    circuit: Mutex<Circuit>,
 }
 
 #[derive(Debug, Default)]
@@ -63,6 +65,7 @@ impl Connection {
             next: AtomicU64::new(0),
             pin,
             refused: AtomicBool::new(false),
+            circuit: Mutex::default(),
         })
     }
 
@@ -75,7 +78,7 @@ impl Connection {
         call: &Call,
     ) -> Result<Result<Answer, VaultError>, Lost> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let packet = ToWorker::Call(number, call.clone()).encode();
+        let packet = call.packet(number);
         if packet.len() > MAX_PACKET {
             let what = format!("{} bytes for the HSM at once", packet.len());
             return Ok(Err(VaultError::BadInput(what)));
@@ -99,8 +102,9 @@ impl Connection {
 
     /// Hands answers to those who wait, until the worker is gone; returns how that looked.
     pub(super) async fn listen(&self, pulse: impl Fn(Pulse) -> Result<(), String>) -> String {
+        let mut inbox = Inbox::new();
         loop {
-            let packet = match tokio::time::timeout(SILENCE, socket::next(&self.end)).await {
+            let packet = match tokio::time::timeout(SILENCE, inbox.next(&self.end)).await {
                 Ok(Ok(Some(packet))) => packet,
                 Ok(Ok(None)) => return "it has ended".to_owned(),
                 Ok(Err(error)) => return format!("its socket failed: {error}"),
@@ -125,6 +129,20 @@ impl Connection {
     pub(super) fn refuse(&self, pin: &Pin, why: &str) {
         pin.refuse(&self.pin, why);
         self.refused.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that the PIN of this worker has opened the token.
+    pub(super) fn accept(&self, pin: &Pin) {
+        pin.accept(&self.pin);
+    }
+
+    /// Whether the worker lets requests through.
+    pub(super) fn circuit(&self) -> Circuit {
+        *self.circuit.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn note(&self, circuit: Circuit) {
+        *self.circuit.lock().unwrap_or_else(PoisonError::into_inner) = circuit;
     }
 
     /// Whether the PIN of this worker was refused.
@@ -165,7 +183,7 @@ impl Connection {
 
     fn destroy(&self, id: Uuid) {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let packet = ToWorker::Call(number, Call::Destroy(id)).encode();
+        let packet = Call::Destroy(id).packet(number);
         if let Err(error) = socket::try_send(self.end.get_ref(), &packet) {
             tracing::warn!("CRK version {id}, which nobody waits for, stays: {error}");
         }

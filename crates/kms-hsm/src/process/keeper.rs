@@ -7,8 +7,8 @@ use super::connection::Connection;
 use super::socket;
 use super::wire::{FromWorker, Hello, Pulse, ToWorker};
 use super::{Program, Shared, State};
-use crate::pkcs11::Known;
-use crate::vault::VaultError;
+use crate::pkcs11::{Known, Pin};
+use crate::vault::{Circuit, VaultError};
 use kms_core::secret::SecretText;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -152,7 +152,8 @@ impl Keeper {
         let (listening, shared) = (connection.clone(), self.shared.clone());
         let (known, orders) = (self.known.clone(), self.orders.clone());
         self.runtime.spawn(async move {
-            let cause = listening.listen(|pulse| feel(&listening, &known, pulse)).await;
+            let pin = &shared.settings.pin;
+            let cause = listening.listen(|pulse| feel(&listening, pin, &known, pulse)).await;
             // In this order: whoever learns that the worker is gone must not find it again.
             shared.lost(worker);
             listening.end();
@@ -244,9 +245,21 @@ impl Keeper {
 }
 
 /// What a pulse tells; an error ends the worker.
-fn feel(worker: &Connection, known: &Mutex<Option<Known>>, pulse: Pulse) -> Result<(), String> {
+fn feel(
+    worker: &Connection,
+    pin: &Pin,
+    known: &Mutex<Option<Known>>,
+    pulse: Pulse,
+) -> Result<(), String> {
     if pulse.known.is_some() {
         *known.lock().unwrap_or_else(PoisonError::into_inner) = pulse.known;
+    }
+    worker.note(pulse.circuit);
+    match pulse.circuit {
+        Circuit::Closed => worker.accept(pin),
+        // Where nobody asks for anything, nobody else tells.
+        Circuit::Refused => worker.refuse(pin, "it was tried once"),
+        Circuit::Repairing | Circuit::Open => {}
     }
     if pulse.stuck {
         return Err("no call into the PKCS#11 library returns".to_owned());

@@ -14,9 +14,9 @@ mod socket;
 pub mod wire;
 mod worker;
 
-use crate::pkcs11::{Known, Settings, Token};
+use crate::pkcs11::{FIRST_ATTEMPT, Known, Settings, Token};
 use crate::statistics::Statistics;
-use crate::vault::{CheckValue, RsaPublic, Sealed, Vault, VaultError, Wrapped};
+use crate::vault::{CheckValue, Circuit, RsaPublic, Sealed, Vault, VaultError, Wrapped};
 use async_trait::async_trait;
 use connection::{Connection, Lost};
 use keeper::{Event, Keeper};
@@ -79,12 +79,13 @@ enum State {
 }
 
 impl Isolated {
-    /// Starts a worker and waits until its vault is open. Blocks; call it before the service starts, from a thread of
-    /// a runtime that has I/O and time.
+    /// Starts a worker and waits some seconds for its vault to open. Blocks; call it before the service starts, from a
+    /// thread of a runtime that has I/O and time.
     ///
     /// # Errors
     /// As [`Pkcs11Vault::open`](crate::pkcs11::Pkcs11Vault::open). A library that crashes is no error: it is tried
-    /// again, and meanwhile all calls answer `Unavailable`.
+    /// again, and meanwhile all calls answer `Unavailable`. A refused PIN is none either: they answer `Credential`
+    /// until it is replaced.
     pub fn open(settings: Settings, program: Program) -> Result<Self, VaultError> {
         let unavailable = |error: std::io::Error| VaultError::Unavailable {
             cause: format!("cannot start a thread: {error}"),
@@ -112,7 +113,8 @@ impl Isolated {
             })
             .map_err(unavailable)?;
         let vault = Self { shared, known, orders, ended: Mutex::new(ended) };
-        match outcome.recv() {
+        match outcome.recv_timeout(FIRST_ATTEMPT + START) {
+            Ok(Err(VaultError::Credential(_))) => Ok(vault),
             Ok(Err(error)) => Err(error),
             _ => Ok(vault),
         }
@@ -146,6 +148,8 @@ impl Drop for Isolated {
     }
 }
 
+/// What the start of a process adds to the first attempt of the vault in it.
+const START: Duration = Duration::from_secs(1);
 /// How much later than the worker the service itself gives up.
 const GRACE: Duration = Duration::from_millis(100);
 /// As many places as anybody could want; tokio has a limit.
@@ -175,6 +179,10 @@ impl Shared {
     }
 
     async fn worker(&self) -> Result<(u64, Arc<Connection>), VaultError> {
+        // Almost always there is one.
+        if let State::Up(number, connection) = &*self.state.borrow() {
+            return Ok((*number, connection.clone()));
+        }
         let mut state = self.state.subscribe();
         // The sender lives in self, so the wait cannot fail.
         let state = state.wait_for(|state| !matches!(state, State::Restarting)).await;
@@ -290,11 +298,12 @@ impl Vault for Isolated {
         secret(self.call(Call::Random(u32::try_from(len).unwrap_or(u32::MAX))).await?)
     }
 
-    async fn signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
-        match self.call(Call::SigningKey(id)).await? {
-            Answer::PublicKey(key) => Ok(key),
-            _ => Err(another()),
-        }
+    async fn make_signing_key(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        public_key(self.call(Call::MakeSigningKey(id)).await?)
+    }
+
+    async fn public_half(&self, id: Uuid) -> Result<RsaPublic, VaultError> {
+        public_key(self.call(Call::PublicHalf(id)).await?)
     }
 
     async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError> {
@@ -316,6 +325,15 @@ impl Vault for Isolated {
         done(self.call(Call::Probe).await?)
     }
 
+    fn circuit(&self) -> Circuit {
+        match &*self.shared.state.borrow() {
+            State::Up(_, worker) => worker.circuit(),
+            State::Restarting => Circuit::Repairing,
+            State::Down(_) | State::Closed => Circuit::Open,
+            State::Refused(_) => Circuit::Refused,
+        }
+    }
+
     async fn statistics(&self) -> Option<Statistics> {
         match self.call(Call::Statistics).await {
             Ok(Answer::Statistics(counted)) => Some(*counted),
@@ -331,6 +349,10 @@ fn done(answer: Answer) -> Result<(), VaultError> {
 
 fn secret(answer: Answer) -> Result<SecretBytes, VaultError> {
     if let Answer::Secret(secret) = answer { Ok(secret) } else { Err(another()) }
+}
+
+fn public_key(answer: Answer) -> Result<RsaPublic, VaultError> {
+    if let Answer::PublicKey(key) = answer { Ok(key) } else { Err(another()) }
 }
 
 fn ids(answer: Answer) -> Result<Vec<Uuid>, VaultError> {

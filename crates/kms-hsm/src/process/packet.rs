@@ -3,7 +3,7 @@
 use super::wire::Garbled;
 use crate::pkcs11::{Known, Token};
 use crate::statistics::{BOUNDS, Statistics, Times};
-use crate::vault::{Sealed, VaultError, Wrapped};
+use crate::vault::{Circuit, Sealed, VaultError, Wrapped};
 use kms_core::secret::SecretBytes;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -87,6 +87,15 @@ impl Writer {
         self.text(&token.serial);
         self.u64(token.slot);
         self.bytes(check_value);
+    }
+
+    pub(super) fn circuit(&mut self, circuit: Circuit) {
+        self.u8(match circuit {
+            Circuit::Closed => 0,
+            Circuit::Repairing => 1,
+            Circuit::Open => 2,
+            Circuit::Refused => 3,
+        });
     }
 
     pub(super) fn statistics(&mut self, counted: &Statistics) {
@@ -192,6 +201,16 @@ impl<'a> Reader<'a> {
         match self.u8()? {
             0 => Ok(false),
             1 => Ok(true),
+            _ => Err(Garbled),
+        }
+    }
+
+    pub(super) fn circuit(&mut self) -> Result<Circuit, Garbled> {
+        match self.u8()? {
+            0 => Ok(Circuit::Closed),
+            1 => Ok(Circuit::Repairing),
+            2 => Ok(Circuit::Open),
+            3 => Ok(Circuit::Refused),
             _ => Err(Garbled),
         }
     }

@@ -7,10 +7,11 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair,
 };
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 /// How many of the largest packets may be on their way.
 const IN_FLIGHT: usize = 8;
@@ -54,11 +55,12 @@ pub(super) fn receive(
     patience: Option<Duration>,
 ) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
     set_socket_timeout(end, Timeout::Recv, patience)?;
-    match read(end, RecvFlags::empty()) {
+    let mut inbox = Inbox::new();
+    match read(end, RecvFlags::empty(), &mut inbox.0) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
             Err(io::ErrorKind::TimedOut.into())
         }
-        result => result,
+        result => Ok(inbox.packet(result?).map(|packet| Zeroizing::new(packet.to_vec()))),
     }
 }
 
@@ -76,16 +78,49 @@ pub(super) fn try_send(end: impl AsFd, packet: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Waits until there is a packet; `None` when the other end is gone.
-///
-/// # Errors
-/// The operating system's.
-pub(super) async fn next(end: &AsyncFd<OwnedFd>) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
-    loop {
-        let mut ready = end.readable().await?;
-        if let Ok(result) = ready.try_io(|end| read(end.get_ref(), RecvFlags::DONTWAIT)) {
-            return result;
-        }
+/// Where packets arrive. Made once, as long as the longest packet: no call is spent on asking for the length of each.
+pub(super) struct Inbox(Vec<u8>);
+
+/// A packet in an [`Inbox`], which is wiped behind it.
+pub(super) struct Packet<'a>(&'a mut [u8]);
+
+impl Inbox {
+    pub(super) fn new() -> Self {
+        Self(vec![0; MAX_PACKET])
+    }
+
+    /// Waits until there is a packet; `None` when the other end is gone.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(super) async fn next(&mut self, end: &AsyncFd<OwnedFd>) -> io::Result<Option<Packet<'_>>> {
+        let len = loop {
+            let mut ready = end.readable().await?;
+            let inbox = &mut self.0;
+            if let Ok(len) = ready.try_io(|end| read(end.get_ref(), RecvFlags::DONTWAIT, inbox)) {
+                break len?;
+            }
+        };
+        Ok(self.packet(len))
+    }
+
+    /// Messages are never empty: that is how the end looks.
+    fn packet(&mut self, len: usize) -> Option<Packet<'_>> {
+        self.0.get_mut(..len).filter(|packet| !packet.is_empty()).map(Packet)
+    }
+}
+
+impl Deref for Packet<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.0
+    }
+}
+
+impl Drop for Packet<'_> {
+    fn drop(&mut self) {
+        self.0.zeroize();
     }
 }
 
@@ -107,20 +142,12 @@ pub(super) async fn deliver(end: &AsyncFd<OwnedFd>, packet: &[u8]) -> io::Result
     }
 }
 
-fn read(end: &OwnedFd, flags: RecvFlags) -> io::Result<Option<Zeroizing<Vec<u8>>>> {
-    // One look at the length, so that small packets do not cost a large buffer.
-    let nothing: &mut [u8] = &mut [];
-    let len = match recv(end, nothing, flags | RecvFlags::PEEK | RecvFlags::TRUNC) {
-        Ok((_, len)) => len,
+fn read(end: &OwnedFd, flags: RecvFlags, inbox: &mut [u8]) -> io::Result<usize> {
+    match recv(end, inbox, flags | RecvFlags::TRUNC) {
+        Ok((_, len)) if len > MAX_PACKET => Err(io::ErrorKind::InvalidData.into()),
+        Ok((_, len)) => Ok(len),
         // So the end looks where the other one has died with packets unread.
-        Err(Errno::CONNRESET) => return Ok(None),
-        Err(error) => return Err(error.into()),
-    };
-    if len > MAX_PACKET {
-        return Err(io::ErrorKind::InvalidData.into());
+        Err(Errno::CONNRESET) => Ok(0),
+        Err(error) => Err(error.into()),
     }
-    let mut packet = Zeroizing::new(vec![0; len]);
-    let (_, _) = recv(end, packet.as_mut_slice(), flags)?;
-    // Messages are never empty: that is how the end looks.
-    Ok((len > 0).then_some(packet))
 }

@@ -6,7 +6,7 @@
 use super::packet::{Reader, Writer};
 use crate::pkcs11::{IvChoice, IvMode, Known, TokenChoice};
 use crate::statistics::Statistics;
-use crate::vault::{CheckValue, RsaPublic, Sealed, VaultError, Wrapped};
+use crate::vault::{CheckValue, Circuit, RsaPublic, Sealed, VaultError, Wrapped};
 use kms_core::secret::{SecretBytes, SecretText};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -68,7 +68,8 @@ pub enum Call {
     WrapGcm(Uuid, Vec<u8>, SecretBytes),
     UnwrapGcm(Uuid, Vec<u8>, Sealed),
     Random(u32),
-    SigningKey(Uuid),
+    MakeSigningKey(Uuid),
+    PublicHalf(Uuid),
     Sign(Uuid, Vec<u8>),
     Versions,
     Incomplete,
@@ -96,6 +97,8 @@ pub enum Answer {
 pub struct Pulse {
     /// No call into the library returns, and for so long that nobody expects it any more.
     pub(super) stuck: bool,
+    /// Whether its vault lets requests through.
+    pub(super) circuit: Circuit,
     /// The token, once it was found.
     pub(super) known: Option<Known>,
 }
@@ -109,20 +112,13 @@ impl ToWorker {
     /// The packet.
     #[must_use]
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
-        let mut to = Writer::new(match self {
-            Self::Hello(_) | Self::Cancel(_) => 0,
-            Self::Call(_, call) => call.weight(),
-        });
+        let mut to = Writer::new(0);
         match self {
             Self::Hello(hello) => {
                 to.u8(0);
                 hello.write(&mut to);
             }
-            Self::Call(number, call) => {
-                to.u8(1);
-                to.u64(*number);
-                call.write(&mut to);
-            }
+            Self::Call(number, call) => return call.packet(*number),
             Self::Cancel(number) => {
                 to.u8(2);
                 to.u64(*number);
@@ -172,6 +168,7 @@ impl FromWorker {
             Self::Pulse(pulse) => {
                 to.u8(3);
                 to.flag(pulse.stuck);
+                to.circuit(pulse.circuit);
                 to.option(pulse.known.as_ref(), Writer::known);
             }
         }
@@ -186,7 +183,11 @@ impl FromWorker {
             0 => Self::Opened(from.result(|_| Ok(()))?),
             1 => Self::Part(from.u64()?, from.ids()?),
             2 => Self::Answer(from.u64()?, from.result(Answer::read)?),
-            3 => Self::Pulse(Pulse { stuck: from.flag()?, known: from.option(Reader::known)? }),
+            3 => Self::Pulse(Pulse {
+                stuck: from.flag()?,
+                circuit: from.circuit()?,
+                known: from.option(Reader::known)?,
+            }),
             _ => return Err(Garbled),
         };
         from.end(message)
@@ -248,9 +249,22 @@ impl Hello {
 }
 
 impl Call {
+    /// The packet of this request under a number.
+    pub(super) fn packet(&self, number: u64) -> Zeroizing<Vec<u8>> {
+        let mut to = Writer::new(self.weight());
+        to.u8(1);
+        to.u64(number);
+        self.write(&mut to);
+        to.0
+    }
+
     /// Whether a second run does no harm when nobody knows how far the first one came.
     pub(super) fn may_repeat(&self) -> bool {
-        !matches!(self, Self::Create(_) | Self::Import(..) | Self::Destroy(_))
+        !matches!(
+            self,
+            // Each try uses up the key a little, and is counted by the caller.
+            Self::WrapGcm(..) | Self::Create(_) | Self::Import(..) | Self::Destroy(_)
+        )
     }
 
     /// Whether it makes keys or lists them, which takes a token much longer than using one.
@@ -259,7 +273,7 @@ impl Call {
             self,
             Self::Create(_)
                 | Self::Import(..)
-                | Self::SigningKey(_)
+                | Self::MakeSigningKey(_)
                 | Self::Versions
                 | Self::Incomplete
         )
@@ -323,7 +337,7 @@ impl Call {
                 to.u8(7);
                 to.u32(*len);
             }
-            Self::SigningKey(id) => to.tagged_id(8, *id),
+            Self::MakeSigningKey(id) => to.tagged_id(8, *id),
             Self::Sign(id, data) => {
                 to.tagged_id(9, *id);
                 to.bytes(data);
@@ -333,6 +347,7 @@ impl Call {
             Self::Probe => to.u8(12),
             Self::CheckValue(id) => to.tagged_id(13, *id),
             Self::Statistics => to.u8(14),
+            Self::PublicHalf(id) => to.tagged_id(15, *id),
         }
     }
 
@@ -346,13 +361,14 @@ impl Call {
             5 => Self::WrapGcm(from.id()?, from.vec()?, from.secret()?),
             6 => Self::UnwrapGcm(from.id()?, from.vec()?, from.sealed()?),
             7 => Self::Random(from.u32()?),
-            8 => Self::SigningKey(from.id()?),
+            8 => Self::MakeSigningKey(from.id()?),
             9 => Self::Sign(from.id()?, from.vec()?),
             10 => Self::Versions,
             11 => Self::Incomplete,
             12 => Self::Probe,
             13 => Self::CheckValue(from.id()?),
             14 => Self::Statistics,
+            15 => Self::PublicHalf(from.id()?),
             _ => return Err(Garbled),
         })
     }

@@ -64,7 +64,8 @@ fn call() -> impl Strategy<Value = Call> {
         (id(), bytes(), secret()).prop_map(|(id, context, dek)| Call::WrapGcm(id, context, dek)),
         (id(), bytes(), sealed()).prop_map(|(id, context, it)| Call::UnwrapGcm(id, context, it)),
         any::<u32>().prop_map(Call::Random),
-        id().prop_map(Call::SigningKey),
+        id().prop_map(Call::MakeSigningKey),
+        id().prop_map(Call::PublicHalf),
         (id(), bytes()).prop_map(|(id, data)| Call::Sign(id, data)),
         Just(Call::Versions),
         Just(Call::Incomplete),
@@ -154,8 +155,8 @@ fn from_worker() -> impl Strategy<Value = FromWorker> {
         prop_oneof![Just(Ok(())), error().prop_map(Err)].prop_map(FromWorker::Opened),
         (any::<u64>(), ids()).prop_map(|(number, ids)| FromWorker::Part(number, ids)),
         (any::<u64>(), result).prop_map(|(number, result)| FromWorker::Answer(number, result)),
-        (any::<bool>(), known())
-            .prop_map(|(stuck, known)| FromWorker::Pulse(Pulse { stuck, known })),
+        (any::<bool>(), prop::sample::select(Circuit::ALL.to_vec()), known())
+            .prop_map(|(stuck, circuit, known)| FromWorker::Pulse(Pulse { stuck, circuit, known })),
     ]
 }
 
@@ -217,4 +218,19 @@ fn a_packet_that_holds_a_secret_is_never_moved_while_it_grows() {
     let answer = Answer::Secret(SecretBytes::new(vec![1; 4096]));
     let packet = FromWorker::Answer(1, Ok(answer)).encode();
     assert!(packet.capacity() <= HEAD + 4096);
+}
+
+/// Whoever asked for them decides whether they are asked for again: to make a key, and to use one up a little.
+#[test]
+fn what_does_harm_is_not_repeated() {
+    let id = Uuid::from_u128(1);
+    let dek = || SecretBytes::new(vec![1; 32]);
+    let once = [
+        Call::Create(id),
+        Call::Import(id, dek()),
+        Call::Destroy(id),
+        Call::WrapGcm(id, vec![], dek()),
+    ];
+    assert!(once.iter().all(|call| !call.may_repeat()));
+    assert!([Call::Wrap(id, vec![], dek()), Call::Probe].iter().all(Call::may_repeat));
 }

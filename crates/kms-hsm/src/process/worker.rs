@@ -2,9 +2,9 @@
 //!
 //! It trusts nobody but the service at the other end of its socket, and ends when that one does.
 
-use super::socket;
+use super::socket::{self, Inbox};
 use super::wire::{Answer, Call, FromWorker, Hello, MAX_IDS, Pulse, ToWorker};
-use crate::pkcs11::{Pin, Pkcs11Vault, Settings, Standstill};
+use crate::pkcs11::{Direct, Pin, Pkcs11Vault, Settings, Standstill, Then, Waiting};
 use crate::vault::{Vault, VaultError};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use std::collections::HashMap;
@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 
 /// How often the service hears that this process lives.
@@ -46,7 +47,8 @@ pub async fn serve() -> io::Result<()> {
     socket::try_send(&end, &answer.encode())?;
     let Ok(vault) = opened else { return Ok(()) };
     let end = socket::for_tasks(end)?;
-    Arc::new(Worker { end, vault, under_way: Mutex::default() }).serve().await
+    let line = Line { end, runtime: Handle::current(), under_way: Mutex::default() };
+    Arc::new(Worker { vault, line: Arc::new(line) }).serve().await
 }
 
 /// The socket, where no library finds it, and no child of a library keeps it open.
@@ -77,27 +79,45 @@ fn open(hello: Hello) -> Result<Pkcs11Vault, VaultError> {
 }
 
 struct Worker {
-    end: AsyncFd<OwnedFd>,
     vault: Pkcs11Vault,
-    under_way: Mutex<HashMap<u64, AbortHandle>>,
+    line: Arc<Line>,
+}
+
+/// What the threads of the vault need of it to answer. They do not hold the vault itself: it ends without them.
+struct Line {
+    end: AsyncFd<OwnedFd>,
+    runtime: Handle,
+    under_way: Mutex<HashMap<u64, UnderWay>>,
+}
+
+/// What becomes an answer.
+enum UnderWay {
+    Task(AbortHandle),
+    /// The two verbs that come by the thousand: the thread that has the result sends it, and no task is woken for it.
+    Direct(Waiting),
 }
 
 impl Worker {
     async fn serve(self: Arc<Self>) -> io::Result<()> {
         let mut beat = tokio::time::interval(BEAT);
         let mut doubt = Doubt::default();
+        let mut inbox = Inbox::new();
         loop {
             tokio::select! {
-                packet = socket::next(&self.end) => match packet? {
+                // The beat first: packets that never end would silence it.
+                biased;
+                _ = beat.tick() => {
+                    self.vault.nudge();
+                    let stuck = doubt.grows(self.vault.standstill(), self.vault.deadline());
+                    let (circuit, known) = (self.vault.circuit(), self.vault.known());
+                    let pulse = Pulse { stuck, circuit, known };
+                    // A service that does not read does not miss a pulse either.
+                    let _ = self.line.try_send(&FromWorker::Pulse(pulse));
+                }
+                packet = inbox.next(&self.line.end) => match packet? {
                     Some(packet) => self.obey(&packet)?,
                     None => return Ok(()),
                 },
-                _ = beat.tick() => {
-                    let stuck = doubt.grows(self.vault.standstill(), self.vault.deadline());
-                    let pulse = Pulse { stuck, known: self.vault.known() };
-                    // A service that does not read does not miss a pulse either.
-                    let _ = socket::try_send(self.end.get_ref(), &FromWorker::Pulse(pulse).encode());
-                }
             }
         }
     }
@@ -105,28 +125,71 @@ impl Worker {
     fn obey(self: &Arc<Self>, packet: &[u8]) -> io::Result<()> {
         match ToWorker::decode(packet).map_err(io::Error::other)? {
             ToWorker::Call(number, call) => self.begin(number, call),
-            ToWorker::Cancel(number) => {
-                if let Some(task) = self.under_way().remove(&number) {
-                    task.abort();
-                }
-            }
+            ToWorker::Cancel(number) => match self.line.under_way().remove(&number) {
+                Some(UnderWay::Task(task)) => task.abort(),
+                Some(UnderWay::Direct(waiting)) => waiting.leave(self.vault.deadline()),
+                None => {}
+            },
             ToWorker::Hello(_) => return Err(io::ErrorKind::InvalidData.into()),
         }
         Ok(())
     }
 
     fn begin(self: &Arc<Self>, number: u64, call: Call) {
+        match call {
+            Call::Wrap(id, context, dek) => {
+                let then = self.line.answer_with(number, Answer::Wrapped);
+                self.begin_direct(number, Pkcs11Vault::wrap_then(id, context, dek, then));
+            }
+            Call::Unwrap(id, context, wrapped) => {
+                let then = self.line.answer_with(number, Answer::Secret);
+                self.begin_direct(number, Pkcs11Vault::unwrap_then(id, context, wrapped, then));
+            }
+            other => self.begin_task(number, other),
+        }
+    }
+
+    fn begin_direct(&self, number: u64, (job, waiting): (Direct, Waiting)) {
+        // Before it begins: it takes itself out when it is done.
+        self.line.under_way().insert(number, UnderWay::Direct(waiting));
+        self.vault.begin(job);
+    }
+
+    fn begin_task(self: &Arc<Self>, number: u64, call: Call) {
         let worker = self.clone();
         // Held until the task is in it, which takes itself out when it is done.
-        let mut under_way = self.under_way();
+        let mut under_way = self.line.under_way();
         let task = tokio::spawn(async move {
             let answer = perform(&worker.vault, call).await;
-            worker.under_way().remove(&number);
-            if let Err(error) = worker.answer(number, answer).await {
+            worker.line.under_way().remove(&number);
+            if let Err(error) = worker.line.answer(number, answer).await {
                 tracing::debug!("an answer that nobody hears: {error}");
             }
         });
-        under_way.insert(number, task.abort_handle());
+        under_way.insert(number, UnderWay::Task(task.abort_handle()));
+    }
+}
+
+impl Line {
+    fn answer_with<T: 'static>(
+        self: &Arc<Self>,
+        number: u64,
+        answer: impl FnOnce(T) -> Answer + Send + 'static,
+    ) -> Then<T> {
+        let line = self.clone();
+        Box::new(move |result: Result<T, VaultError>| {
+            line.under_way().remove(&number);
+            let answer = FromWorker::Answer(number, result.map(answer));
+            match line.try_send(&answer) {
+                Ok(()) => {}
+                // The service has not read for a while; a session is not kept waiting for it.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let (runtime, packet) = (line.runtime.clone(), answer.encode());
+                    runtime.spawn(async move { socket::deliver(&line.end, &packet).await });
+                }
+                Err(error) => tracing::debug!("an answer that nobody hears: {error}"),
+            }
+        })
     }
 
     async fn answer(&self, number: u64, answer: Result<Answer, VaultError>) -> io::Result<()> {
@@ -145,7 +208,11 @@ impl Worker {
         socket::deliver(&self.end, &FromWorker::Answer(number, answer).encode()).await
     }
 
-    fn under_way(&self) -> MutexGuard<'_, HashMap<u64, AbortHandle>> {
+    fn try_send(&self, message: &FromWorker) -> io::Result<()> {
+        socket::try_send(self.end.get_ref(), &message.encode())
+    }
+
+    fn under_way(&self) -> MutexGuard<'_, HashMap<u64, UnderWay>> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -169,7 +236,8 @@ async fn perform(vault: &Pkcs11Vault, call: Call) -> Result<Answer, VaultError> 
         Call::Random(len) => {
             vault.random(usize::try_from(len).unwrap_or(usize::MAX)).await.map(Answer::Secret)
         }
-        Call::SigningKey(id) => vault.signing_key(id).await.map(Answer::PublicKey),
+        Call::MakeSigningKey(id) => vault.make_signing_key(id).await.map(Answer::PublicKey),
+        Call::PublicHalf(id) => vault.public_half(id).await.map(Answer::PublicKey),
         Call::Sign(id, data) => vault.sign(id, &data).await.map(Answer::Signature),
         Call::Versions => vault.versions().await.map(Answer::Ids),
         Call::Incomplete => vault.incomplete().await.map(Answer::Ids),

@@ -263,7 +263,7 @@ async fn random_bytes_do_not_repeat(vault: Shared) {
 async fn signatures_verify_outside(vault: Shared) {
     let id = Uuid::new_v4();
     assert_eq!(vault.sign(id, b"too early").await, Err(VaultError::NotFound));
-    let public = vault.signing_key(id).await.unwrap();
+    let public = vault.make_signing_key(id).await.unwrap();
     let signature = vault.sign(id, b"token").await.unwrap();
     assert!(verifies(&public, b"token", &signature));
     assert!(!verifies(&public, b"another token", &signature));
@@ -271,13 +271,13 @@ async fn signatures_verify_outside(vault: Shared) {
 
 async fn one_signing_key_for_all_who_ask(vault: Shared) {
     let id = Uuid::new_v4();
-    let (one, two) = tokio::join!(vault.signing_key(id), vault.signing_key(id));
+    let (one, two) = tokio::join!(vault.make_signing_key(id), vault.make_signing_key(id));
     let public = one.unwrap();
     assert_eq!(public, two.unwrap());
-    assert_eq!(public, vault.signing_key(id).await.unwrap());
+    assert_eq!(public, vault.make_signing_key(id).await.unwrap());
     assert!(public.n.len() >= 256 && public.n[0] & 0x80 != 0, "{} bytes", public.n.len());
     assert_eq!(public.e, [1, 0, 1]);
-    assert_ne!(public.n, vault.signing_key(Uuid::new_v4()).await.unwrap().n);
+    assert_ne!(public.n, vault.make_signing_key(Uuid::new_v4()).await.unwrap().n);
     assert!(!vault.versions().await.unwrap().contains(&id), "a signing key is no CRK version");
 }
 

@@ -1,14 +1,16 @@
 //! What the HSM layer promises for bad days, with the fault-injecting module between vault and token.
 
 use crate::cases::pattern;
+use crate::isolated;
 use crate::shim::{Shim, long_run, timed};
 use crate::token::{LABEL, PIN, SO_PIN, TestToken, eventually, secret};
 use kms_hsm::pkcs11::{Pin, Pkcs11Vault, Settings, init_token};
-use kms_hsm::{Vault, VaultError};
+use kms_hsm::{Circuit, Vault, VaultError};
 use pkcs11_shim::Function;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 use uuid::Uuid;
 
 /// Two hundred requests a second while every session dies five times: none fails, none takes a second.
@@ -108,7 +110,9 @@ pub(crate) async fn logins_that_fail_are_tried_with_pauses(token: TestToken) {
 pub(crate) async fn a_refused_pin_is_tried_once_and_never_again(token: TestToken) {
     let shim = Shim::before(&token);
     let wrong = Settings { pin: Pin::new(secret("not the pin")), ..shim.settings.clone() };
-    assert!(matches!(Pkcs11Vault::open(wrong), Err(VaultError::Credential(_))));
+    let refused = Pkcs11Vault::open(wrong).unwrap();
+    assert!(matches!(refused.probe().await, Err(VaultError::Credential(_))));
+    drop(refused);
     assert_eq!(shim.logins(), 1);
     let vault = shim.open();
     shim.order("sessions die\nfail C_Login CKR_PIN_INCORRECT");
@@ -117,6 +121,39 @@ pub(crate) async fn a_refused_pin_is_tried_once_and_never_again(token: TestToken
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     assert_eq!(shim.logins(), 3, "one wrong, one right, one refused");
+}
+
+/// Each vault is what another process would open, in this process or with a worker.
+pub(crate) async fn a_refused_pin_is_tried_once_over_many_processes(token: TestToken) {
+    let shim = Shim::before(&token);
+    let file = token.home.join("refused-pin");
+    let pin = |text| Pin::remembered(secret(text), file.clone(), LABEL.to_owned());
+    let with = |pin: &Pin| Settings { pin: pin.clone(), ..shim.settings.clone() };
+    let refused = async |vault: &dyn Vault| {
+        let answer = vault.probe().await;
+        assert!(matches!(answer, Err(VaultError::Credential(_))), "{answer:?}");
+    };
+    for round in 1..=2 {
+        for _ in 0..3 {
+            refused(&isolated::open(with(&pin("not the pin")))).await;
+            refused(&Pkcs11Vault::open(with(&pin("not the pin"))).unwrap()).await;
+        }
+        assert_eq!(shim.logins(), round, "once, however often it starts");
+        // The operator wants it tried once more.
+        std::fs::remove_file(&file).unwrap();
+    }
+    let corrected = async |vault: &dyn Vault, pin: &Pin| {
+        refused(vault).await;
+        assert!(file.exists());
+        assert!(pin.replace(secret(PIN)));
+        eventually("another PIN is taken over", async || vault.probe().await.is_ok()).await;
+        eventually("what was refused is forgotten", async || !file.exists()).await;
+    };
+    let wrong = pin("not the pin");
+    corrected(&isolated::open(with(&wrong)), &wrong).await;
+    let wrong = pin("not the pin");
+    corrected(&Pkcs11Vault::open(with(&wrong)).unwrap(), &wrong).await;
+    assert_eq!(shim.logins(), 6, "two before, and in each vault a wrong one and the right one");
 }
 
 /// A call that hangs is left behind at the deadline; the others are told at once, and served when it returns.
@@ -152,18 +189,22 @@ pub(crate) async fn sessions_never_leak(token: TestToken) {
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
     assert_eq!(shim.counts.open_sessions(), 2);
-    let rounds = if long_run() { 10_000 } else { 150 };
+    let rounds = if long_run() { 10_000 } else { 160 };
     let codes = ["CKR_SESSION_CLOSED", "CKR_DEVICE_ERROR", "CKR_GENERAL_ERROR", "CKR_HOST_MEMORY"];
-    let functions = ["C_Encrypt", "C_SignInit", "C_GenerateRandom", "C_CloseSession"];
+    let functions = ["C_EncryptInit", "C_Encrypt", "C_SignInit", "C_Sign"];
     let mut failed = 0;
     for round in 0..rounds {
         let (code, function) = (codes[round % 4], functions[round / 4 % 4]);
-        shim.order(&format!("sessions at-most 2\nfail {function} {code} after=3 times=1"));
+        // A session that does not close when it is given up is gone all the same.
+        shim.order(&format!(
+            "sessions at-most 2\nfail {function} {code} after=3 times=1\nfail C_CloseSession {code} times=1"
+        ));
         for _ in 0..10 {
             failed += usize::from(vault.wrap(id, b"c", pattern(32)).await.is_err());
         }
     }
-    assert!(failed <= rounds, "{failed} failed in {rounds} rounds");
+    // A lost session or device is repaired. The two other codes are the answer, once a canary has sung.
+    assert_eq!(failed, rounds / 2, "of {rounds} injected errors");
     shim.order("sessions at-most 2");
     eventually("all is well", async || vault.probe().await.is_ok()).await;
     assert_eq!(shim.counts.open_sessions(), 2);
@@ -172,7 +213,10 @@ pub(crate) async fn sessions_never_leak(token: TestToken) {
     assert_eq!(shim.counts.open_sessions(), 0);
 }
 
-/// A flood of wrapped keys that nobody made: no session is given up, and good requests go on.
+/// A flood of wrapped keys that nobody made: no session is given up, the breaker stays closed, and good requests go on.
+///
+/// Up to 1,000 bad and 200 good unwraps a second, in turns with the good ones alone. Other work on the machine only
+/// ever slows a turn down, so the best turns of either kind are compared: a harm that the flood does is in all of them.
 pub(crate) async fn pitfall_19_a_flood_of_bad_unwraps_harms_nobody(token: TestToken) {
     let shim = Shim::before(&token);
     let vault = Arc::new(shim.open());
@@ -181,37 +225,46 @@ pub(crate) async fn pitfall_19_a_flood_of_bad_unwraps_harms_nobody(token: TestTo
     let good = vault.wrap(id, b"c", pattern(32)).await.unwrap();
     let mut bad = good.clone();
     bad.hash[0] ^= 1;
-    let rate = async |harm: bool| {
-        let mut requests = JoinSet::new();
+    let turn = async |flood: usize| {
         let mut beat = tokio::time::interval(Duration::from_millis(10));
-        for _ in 0..300 {
-            beat.tick().await;
-            for number in 0..12 {
-                let is_bad = number >= 2;
-                if is_bad && !harm {
-                    continue;
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let rounds = async {
+            for _ in 0..25 {
+                beat.tick().await;
+                let mut requests = JoinSet::new();
+                for (wrapped, wanted) in std::iter::repeat_n((&bad, false), flood)
+                    .chain(std::iter::repeat_n((&good, true), 2))
+                {
+                    let (vault, wrapped) = (vault.clone(), wrapped.clone());
+                    requests.spawn(async move {
+                        let answer = vault.unwrap(id, b"c", wrapped).await.map(|_| ());
+                        assert_eq!(
+                            answer,
+                            if wanted { Ok(()) } else { Err(VaultError::NotAuthentic) }
+                        );
+                    });
                 }
-                let (vault, wrapped) = (vault.clone(), if is_bad { &bad } else { &good }.clone());
-                requests.spawn(async move {
-                    let answer = vault.unwrap(id, b"c", wrapped).await;
-                    (is_bad, answer.map(|_| ()))
-                });
+                requests.join_all().await;
+                assert_eq!(vault.circuit(), Circuit::Closed);
             }
-        }
-        let answers = requests.join_all().await;
-        let served = answers.iter().filter(|answer| **answer == (false, Ok(()))).count();
-        let refused = (true, Err(VaultError::NotAuthentic));
-        let refused = answers.iter().filter(|answer| **answer == refused).count();
-        (served, refused)
+        };
+        timed(rounds).await.1
     };
-    let before = shim.counts.all();
-    let (alone, _) = rate(false).await;
-    let (beside, refused) = rate(true).await;
-    assert_eq!((alone, refused), (600, 3000));
-    assert!(beside * 10 >= alone * 9, "{beside} of {alone} good ones were served");
+    let (sessions, before) = (shim.counts.of(Function::C_OpenSession), shim.counts.all());
+    let (mut alone, mut beside) = (Duration::MAX, Duration::MAX);
+    for _ in 0..if long_run() { 120 } else { 12 } {
+        alone = alone.min(turn(0).await);
+        beside = beside.min(turn(10).await);
+    }
+    eprintln!("25 rounds of two good unwraps: {alone:?} alone, {beside:?} beside 250 bad ones");
+    assert!(
+        alone.as_secs_f64() >= 0.9 * beside.as_secs_f64(),
+        "{alone:?} alone, {beside:?} beside"
+    );
     let called = shim.counts.since(&before);
     assert!(called.iter().all(|(function, _)| HOT.contains(function)), "{called:?}");
-    assert_eq!(shim.counts.most_sessions(), 3);
+    assert_eq!(shim.counts.of(Function::C_OpenSession), sessions, "a session was given up");
+    assert_eq!(shim.counts.open_sessions(), 3);
 }
 
 /// Codes that vendors use for bad data and for dead devices alike: the canary tells which.
@@ -232,7 +285,8 @@ pub(crate) async fn a_canary_tells_bad_data_from_a_dead_device(token: TestToken)
     }
 }
 
-/// A wrap is five calls and an unwrap is four, and none of them looks for a key, a session or a login.
+/// A wrap is four calls and an unwrap as many, and none of them looks for a key, a session or a login; each session
+/// gets the IVs of 64 wraps in one call more.
 pub(crate) async fn a_steady_use_takes_few_calls(token: TestToken) {
     let shim = Shim::before(&token);
     let vault = shim.open();
@@ -250,8 +304,15 @@ pub(crate) async fn a_steady_use_takes_few_calls(token: TestToken) {
             kept.push(vault.wrap(*id, b"c", pattern(32)).await.unwrap());
         }
         use Function as F;
-        let wrap = [F::C_EncryptInit, F::C_Encrypt, F::C_SignInit, F::C_Sign, F::C_GenerateRandom];
-        assert_eq!(shim.counts.since(&before), wrap.map(|function| (function, uses)));
+        let wrap = [F::C_EncryptInit, F::C_Encrypt, F::C_SignInit, F::C_Sign];
+        let (random, others): (Vec<_>, Vec<_>) = shim
+            .counts
+            .since(&before)
+            .into_iter()
+            .partition(|(function, _)| *function == F::C_GenerateRandom);
+        assert_eq!(others, wrap.map(|function| (function, uses)));
+        let random: u64 = random.into_iter().map(|(_, times)| times).sum();
+        assert!(random <= uses / 64 + shim.counts.open_sessions(), "{random} for {uses} wraps");
         let before = shim.counts.all();
         for (id, wrapped) in ids.iter().zip(kept) {
             vault.unwrap(*id, b"c", wrapped).await.unwrap();

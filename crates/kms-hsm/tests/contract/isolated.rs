@@ -289,7 +289,7 @@ pub(crate) async fn crashes_leave_no_process_and_no_file_open(token: TestToken) 
 pub(crate) async fn a_refused_pin_is_tried_by_one_worker_only(token: TestToken) {
     let shim = Shim::before(&token);
     let wrong = Settings { pin: Pin::new(secret("not the pin")), ..shim.settings.clone() };
-    let refused = Isolated::open(wrong, program());
+    let refused = open(wrong).probe().await;
     assert!(matches!(refused, Err(VaultError::Credential(_))), "{refused:?}");
     assert_eq!(shim.logins(), 1);
     let pin = Pin::new(secret(PIN));

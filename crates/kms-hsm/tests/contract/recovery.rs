@@ -90,8 +90,10 @@ pub(crate) async fn pitfall_21_another_token_in_its_place_is_refused(token: Test
 
 pub(crate) async fn a_wrong_pin_is_tried_once(token: TestToken) {
     let wrong = Settings { pin: secret("not the pin").into(), ..token.settings() };
-    let refused = Pkcs11Vault::open(wrong).map(|_| ());
-    assert_eq!(refused, Err(VaultError::Credential("C_Login: CKR_PIN_INCORRECT".to_owned())));
+    let refused = Pkcs11Vault::open(wrong).unwrap();
+    let cause = VaultError::Credential("C_Login: CKR_PIN_INCORRECT".to_owned());
+    assert_eq!(refused.probe().await, Err(cause));
+    drop(refused);
     assert_eq!(token.open().probe().await, Ok(()));
 }
 

@@ -136,6 +136,37 @@ pub(crate) async fn half_a_version_is_reported_and_not_used(token: TestToken) {
     assert_eq!(vault.versions().await, Ok(vec![whole]));
 }
 
+/// Whoever looks changes nothing, and whoever makes does not make anew what may be in use.
+pub(crate) async fn half_a_key_pair_is_left_as_it_is(token: TestToken) {
+    let vault = token.open();
+    let session = token.back_door().session();
+    let objects = |id: Uuid, class| {
+        let search = [Attribute::Class(class), Attribute::Id(id.as_bytes().to_vec())];
+        session.find_objects(&search).unwrap()
+    };
+    let halves = [ObjectClass::PUBLIC_KEY, ObjectClass::PRIVATE_KEY];
+    let [without_public, without_private] = [Uuid::new_v4(), Uuid::new_v4()];
+    let mut made = Vec::new();
+    for (id, lost) in [without_public, without_private].into_iter().zip(halves) {
+        assert_eq!(vault.public_half(id).await, Err(VaultError::NotFound), "nothing is made");
+        made.push(vault.make_signing_key(id).await.unwrap());
+        session.destroy_object(objects(id, lost)[0]).unwrap();
+    }
+    for _ in 0..2 {
+        assert_eq!(vault.public_half(without_public).await, Err(VaultError::NotFound));
+        let signature = vault.sign(without_public, b"token").await.unwrap();
+        assert!(made[0].verifies(b"token", &signature));
+        assert!(!made[1].verifies(b"token", &signature));
+        assert_eq!(vault.public_half(without_private).await.as_ref(), Ok(&made[1]));
+        assert_eq!(vault.sign(without_private, b"token").await, Err(VaultError::NotFound));
+        for id in [without_public, without_private] {
+            assert_eq!(vault.make_signing_key(id).await, Err(VaultError::Exists));
+            let left = halves.map(|half| objects(id, half).len());
+            assert_eq!(left, if id == without_public { [0, 1] } else { [1, 0] });
+        }
+    }
+}
+
 pub(crate) async fn two_objects_of_one_name_are_refused(token: TestToken) {
     let vault = token.open();
     let id = Uuid::new_v4();
@@ -198,7 +229,7 @@ pub(crate) async fn a_full_queue_says_busy(token: TestToken) {
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
     // An RSA key pair keeps the only session busy for longer than it takes to ask 64 times.
-    let slow = vault.signing_key(Uuid::new_v4());
+    let slow = vault.make_signing_key(Uuid::new_v4());
     let asks = (0..64).map(|_| vault.wrap(id, b"c", pattern(32)));
     let answers = async {
         let mut asked = Vec::new();
@@ -221,7 +252,7 @@ pub(crate) async fn a_call_that_does_not_return_is_not_waited_for(token: TestTok
     let hasty = Settings { sessions: 1, deadline: Duration::from_millis(2), ..token.settings() };
     let vault = Pkcs11Vault::open(hasty).unwrap();
     eventually("the only session is stuck and the vault says so at once", async || {
-        let late = vault.signing_key(Uuid::new_v4()).await;
+        let late = vault.make_signing_key(Uuid::new_v4()).await;
         let next = vault.random(16).await.map(|_| ());
         let cause = "no call into the PKCS#11 library returns".to_owned();
         late == Err(VaultError::TimedOut) && next == Err(VaultError::Unavailable { cause })

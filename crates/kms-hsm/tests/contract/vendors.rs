@@ -59,6 +59,25 @@ pub(crate) async fn a_mode_that_is_not_the_tokens_is_refused(token: TestToken) {
     refuses(&shim, IvChoice::Only(IvMode::Caller)).await;
 }
 
+/// The sessions die after the token has encrypted and before anybody hears of it: only who counts the uses may ask again.
+pub(crate) async fn one_call_uses_a_key_once_whatever_is_lost(token: TestToken) {
+    let shim = Shim::before(&token);
+    let vault = opened(&shim, IvChoice::Auto);
+    let id = Uuid::new_v4();
+    vault.create_version(id).await.unwrap();
+    vault.wrap_gcm(id, b"c", pattern(32)).await.unwrap();
+    shim.order("fail C_Encrypt CKR_SESSION_HANDLE_INVALID late times=1");
+    let before = shim.counts.all();
+    let lost = vault.wrap_gcm(id, b"c", pattern(32)).await.map(|_| ());
+    assert!(matches!(lost, Err(VaultError::Unavailable { .. })), "{lost:?}");
+    // The sessions were made anew, and the call was not.
+    let with = shim.counts.since(&before);
+    assert!(with.iter().any(|(function, _)| *function == Function::C_Login), "{with:?}");
+    shim.order("fail C_Encrypt CKR_SESSION_HANDLE_INVALID late times=1");
+    vault.wrap(id, b"c", pattern(32)).await.unwrap();
+    vault.wrap_gcm(id, b"c", pattern(32)).await.unwrap();
+}
+
 pub(crate) async fn what_is_no_wrapped_key_of_gcm_is_not_authentic(token: TestToken) {
     let shim = Shim::before(&token);
     let vault = shim.open();

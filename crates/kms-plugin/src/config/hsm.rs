@@ -19,6 +19,8 @@ pub struct Hsm {
     pub pin: SecretText,
     /// Where it was read, if not in the configuration itself.
     pub pin_file: Option<PathBuf>,
+    /// Where it is kept that the token has refused a PIN, for the next process; a node has no other place of its own.
+    pub refused_pin_file: Option<PathBuf>,
     pub sessions: usize,
     pub deadline: Duration,
     /// `None` until the first one was made.
@@ -37,8 +39,8 @@ impl Hsm {
     /// The way to the token is another one; PIN and version can change while the process runs.
     pub(super) fn is_elsewhere(&self, other: &Hsm) -> bool {
         let way = |hsm: &Hsm| {
-            let Hsm { library, token, sessions, deadline, .. } = hsm;
-            (library.clone(), token.clone(), *sessions, *deadline)
+            let Hsm { library, token, sessions, deadline, refused_pin_file, .. } = hsm;
+            (library.clone(), token.clone(), *sessions, *deadline, refused_pin_file.clone())
         };
         way(self) != way(other)
     }
@@ -62,6 +64,7 @@ fn hsm(section: &mut Section<'_>) -> Hsm {
         token: token(section),
         pin,
         pin_file,
+        refused_pin_file: section.text("REFUSED_PIN_FILE").map(PathBuf::from),
         sessions: usize::try_from(sessions).unwrap_or(usize::MAX),
         deadline: Duration::from_millis(deadline),
         crk_version: crk_version(section),

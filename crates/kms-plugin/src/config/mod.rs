@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kms_api::token::ApiKeySource;
+use kms_api::token::Credential;
 use kms_daemon::settings::{Environment, Mistakes, Settings};
 use kms_daemon::telemetry;
 
@@ -52,7 +52,7 @@ pub struct Server {
     pub probe_interval: Duration,
     pub token_url: String,
     pub token_ca: PathBuf,
-    pub api_key: ApiKeySource,
+    pub credential: Credential,
     pub patience: Patience,
     pub policy: Policy,
 }
@@ -145,9 +145,10 @@ impl Config {
     /// The files whose content is part of the configuration.
     pub fn files(&self) -> Vec<&Path> {
         let cas = self.entries().map(|entry| entry.ca.as_path());
-        let api_key = match &self.server.api_key {
-            ApiKeySource::File(path) => Some(path.as_path()),
-            ApiKeySource::Inline(_) => None,
+        // A service account's token changes all the time and is read when it is needed.
+        let api_key = match &self.server.credential {
+            Credential::ApiKeyFile(path) => Some(path.as_path()),
+            Credential::ApiKey(_) | Credential::CrTokenFile { .. } => None,
         };
         let pin = self.hsm.as_ref().and_then(|hsm| hsm.pin_file.as_deref());
         let files = cas.chain([self.server.token_ca.as_path()]).chain(api_key).chain(pin);

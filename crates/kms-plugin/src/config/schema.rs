@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use kms_api::token::ApiKeySource;
+use kms_api::token::{Credential, Profile};
 use kms_core::cipher::v1;
 use kms_core::crypto_module::CryptoModule;
 use kms_core::key_id::{KeyId, KeyIdError};
@@ -19,6 +19,9 @@ use crate::provider::guard::Patience;
 use crate::socket::{AddressError, SocketAddress};
 
 const YEAR_IN_HOURS: u64 = 8760;
+/// What tells the token service who asks.
+const CREDENTIAL: [&str; 5] =
+    ["API_KEY", "API_KEY_FILE", "CR_TOKEN_FILE", "PROFILE_ID", "PROFILE_NAME"];
 /// How services name a CRK version: by a UUID.
 const LONGEST_VERSION: &str = "00000000-0000-0000-0000-000000000000";
 
@@ -36,7 +39,7 @@ pub(super) fn config(mut settings: Settings) -> Result<Config, Mistakes> {
     check_versions(&mut settings, &current, &previous);
     let overridden = settings.overridden().to_vec();
     settings.finish()?;
-    // Without an API key there was a mistake, and finish() has returned it.
+    // Without a credential there was a mistake, and finish() has returned it.
     let server = server.ok_or_else(|| Mistakes(vec!["SERVER_CONFIG.API_KEY is missing".into()]))?;
     Ok(Config { server, current, previous, hsm, logger, overridden })
 }
@@ -60,17 +63,18 @@ fn server_config(section: &mut Section<'_>, way: Way) -> Option<Server> {
         token_ca: of_service(section, way, "TOKEN_URL_CA_FILE", file),
         patience: patience(section),
         policy: policy(section),
-        api_key: ApiKeySource::File(PathBuf::new()),
+        credential: Credential::ApiKeyFile(PathBuf::new()),
     };
-    let api_key = match way {
-        Way::KeyService => api_key(section)?,
+    let credential = match way {
+        Way::KeyService => credential(section)?,
         Way::Hsm => {
-            refuse_service(section, "API_KEY");
-            refuse_service(section, "API_KEY_FILE");
-            ApiKeySource::File(PathBuf::new())
+            for name in CREDENTIAL {
+                refuse_service(section, name);
+            }
+            Credential::ApiKeyFile(PathBuf::new())
         }
     };
-    Some(Server { api_key, ..server })
+    Some(Server { credential, ..server })
 }
 
 /// A build cannot be changed while it runs: FIPS_REQUIRED is held to or refused here, and nowhere else asked for.
@@ -142,13 +146,44 @@ fn policy(section: &mut Section<'_>) -> Policy {
     }
 }
 
-fn api_key(section: &mut Section<'_>) -> Option<ApiKeySource> {
+/// An API key, or the token of a service account; never both, for nobody could say who is meant.
+fn credential(section: &mut Section<'_>) -> Option<Credential> {
+    let Some(path) = section.text("CR_TOKEN_FILE") else {
+        for name in ["PROFILE_ID", "PROFILE_NAME"] {
+            if section.text(name).is_some() {
+                section.mistake(
+                    name,
+                    "is for a service account's token, but CR_TOKEN_FILE is missing",
+                );
+            }
+        }
+        return api_key(section);
+    };
+    for name in ["API_KEY", "API_KEY_FILE"] {
+        if section.text(name).is_some() {
+            section.mistake(
+                "CR_TOKEN_FILE",
+                &format!("and {name} are both set; only one of them may be"),
+            );
+        }
+    }
+    let profile = Profile { id: section.text("PROFILE_ID"), name: section.text("PROFILE_NAME") };
+    if profile == Profile::default() {
+        let text =
+            "is missing (or PROFILE_ID): CR_TOKEN_FILE is good for the profile that trusts it";
+        section.mistake("PROFILE_NAME", text);
+    }
+    // It need not be there yet: whoever writes it may start later, and the plug-in must not wait for them.
+    Some(Credential::CrTokenFile { path: PathBuf::from(path), profile })
+}
+
+fn api_key(section: &mut Section<'_>) -> Option<Credential> {
     let mut key = section.secret("API_KEY", "API_KEY_FILE")?;
     if let Some(path) = key.file {
-        return Some(ApiKeySource::File(path));
+        return Some(Credential::ApiKeyFile(path));
     }
     refuse_placeholder(section, "API_KEY", &key.text);
-    Some(ApiKeySource::Inline(SecretText::new(std::mem::take(&mut *key.text))))
+    Some(Credential::ApiKey(SecretText::new(std::mem::take(&mut *key.text))))
 }
 
 fn kp_config(section: &mut Section<'_>, default_version: Option<u64>, way: Way) -> KpConfig {

@@ -39,17 +39,18 @@ fn code(error: &SealerError) -> Code {
             // Operators search for the service's words behind exactly "code = Unknown desc = ".
             Refusal::Access | Refusal::Request => Code::Unknown,
             Refusal::NoSuchKey => Code::Unavailable,
-            Refusal::KeyState => Code::FailedPrecondition,
+            Refusal::KeyState | Refusal::NoWrap => Code::FailedPrecondition,
         },
         SealerError::Unavailable { .. } => Code::Unavailable,
-        SealerError::TimedOut => Code::DeadlineExceeded,
-        SealerError::Overloaded => Code::ResourceExhausted,
+        SealerError::TimedOut(_) => Code::DeadlineExceeded,
+        SealerError::Overloaded(_) => Code::ResourceExhausted,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::provider::Backend;
 
     #[test]
     fn every_failure_has_its_code() {
@@ -63,8 +64,8 @@ mod tests {
             (refused(Refusal::NoSuchKey), "UNAVAILABLE"),
             (refused(Refusal::KeyState), "FAILED_PRECONDITION"),
             (SealerError::Unavailable { text: String::new() }, "UNAVAILABLE"),
-            (SealerError::TimedOut, "DEADLINE_EXCEEDED"),
-            (SealerError::Overloaded, "RESOURCE_EXHAUSTED"),
+            (SealerError::TimedOut(Backend::Hsm), "DEADLINE_EXCEEDED"),
+            (SealerError::Overloaded(Backend::Hsm), "RESOURCE_EXHAUSTED"),
         ] {
             assert_eq!(name(of(error.clone()).code()), expected, "{error:?}");
         }

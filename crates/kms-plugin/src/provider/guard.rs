@@ -11,7 +11,7 @@ use std::time::Duration;
 use kms_api::trace::TraceParent;
 use kms_core::clock::Clock;
 
-use super::{Error, KeyService, NewDek, Unwrapped};
+use super::{Backend, Error, KeyService, NewDek, Unwrapped};
 use crate::metrics::Metrics;
 use crate::random::Random;
 use crate::sealer::Call;
@@ -72,6 +72,11 @@ impl Guard {
         self.ask("unwrap", &call, || self.service.unwrap(wdek, &call)).await
     }
 
+    /// See [`KeyService::backend`].
+    pub fn backend(&self) -> Backend {
+        self.service.backend()
+    }
+
     /// See [`KeyService::named_version`].
     pub fn named_version(&self) -> Option<&str> {
         self.service.named_version()
@@ -110,7 +115,7 @@ impl Guard {
             return Err(error);
         }
         // If the deadline passes during a pause, the cause of the last attempt is the better answer.
-        let mut last = Error::TimedOut;
+        let mut last = Error::TimedOut(self.backend());
         let result = tokio::time::timeout(call.deadline, self.attempts(attempt, &mut last)).await;
         let result = result.unwrap_or(Err(last));
         let now = self.tools.clock.now();
@@ -120,7 +125,8 @@ impl Guard {
             tracing::debug!(
                 uid = call.uid,
                 trace_id = call.trace_id(),
-                "The key service gave no answer to {operation}: {error}"
+                "The {} gave no answer to {operation}: {error}",
+                self.backend()
             );
         }
         self.breaker.learn(result.as_ref().err(), now, &self.tools.random);

@@ -13,7 +13,7 @@ use kms_core::secret::{Dek, SecretText};
 use kms_daemon::telemetry::VALUES;
 use zeroize::Zeroizing;
 
-use super::{Error, KeyService, NewDek, Unwrapped};
+use super::{Backend, Error, KeyService, NewDek, Unwrapped};
 use crate::sealer::{Call, Refusal};
 
 /// What the on-premises product of 2019 calls its key versions: nothing. They need some name in a key_id.
@@ -98,10 +98,13 @@ fn failed(error: &client::Error, call: &Call, operation: Operation) -> Error {
         client::Error::ApiKeyFile { cause, .. } => {
             Error::Unusable { text: format!("the plug-in's API_KEY_FILE cannot be used: {cause}") }
         }
+        client::Error::CrTokenFile { cause, .. } => {
+            Error::Unusable { text: format!("the plug-in's CR_TOKEN_FILE cannot be used: {cause}") }
+        }
         client::Error::Unreachable { cause, .. } => Error::Unreachable {
             text: format!("Unavailable: the key service cannot be reached: {cause}"),
         },
-        client::Error::TimedOut { .. } => Error::TimedOut,
+        client::Error::TimedOut { .. } => Error::TimedOut(Backend::KeyService),
         client::Error::BadAnswer { cause, .. } => Error::Unusable {
             text: format!("Unavailable: the key service gave no usable answer: {cause}"),
         },
@@ -112,8 +115,9 @@ fn refused(status: u16, text: &str, operation: Operation) -> Error {
     match status {
         401 | 403 => refusal(Refusal::Access, text),
         404 => refusal(Refusal::NoSuchKey, text),
+        409 if operation == Operation::Wrap => refusal(Refusal::NoWrap, text),
         409 | 410 => refusal(Refusal::KeyState, text),
-        429 => Error::Overloaded { text: text.to_owned() },
+        429 => Error::Overloaded { backend: Backend::KeyService, text: text.to_owned() },
         422 if operation == Operation::Unwrap => Error::NotAuthentic,
         // The instance header is checked before the body: a complaint about it is none about the WDEK.
         400 if operation == Operation::Unwrap && !text.contains("Instance Header") => {
@@ -131,6 +135,7 @@ fn refusal(refusal: Refusal, text: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::provider::Withdrawn;
 
     fn call() -> Call {
         Call { uid: "u".into(), trace: None, deadline: Duration::from_secs(3) }
@@ -168,16 +173,21 @@ mod tests {
     fn each_answer_says_what_becomes_of_the_deks() {
         let kinds = |status, operation| {
             let error = failed(&refused_with(status, "x"), &call(), operation);
-            (error.is_withdrawal(), error.is_outage(), error.outcome())
+            (error.withdrawn(), error.is_outage(), error.outcome())
         };
+        let both = Some(Withdrawn::Both);
         for status in [401, 403, 404, 409, 410] {
-            assert_eq!(kinds(status, Operation::Unwrap), (true, false, "refused"), "{status}");
+            assert_eq!(kinds(status, Operation::Unwrap), (both, false, "refused"), "{status}");
         }
-        assert_eq!(kinds(400, Operation::Unwrap), (false, false, "not_authentic"));
-        assert_eq!(kinds(422, Operation::Unwrap), (false, false, "not_authentic"));
-        assert_eq!(kinds(422, Operation::Wrap), (false, false, "refused"));
-        assert_eq!(kinds(429, Operation::Wrap), (false, true, "overloaded"));
-        assert_eq!(kinds(503, Operation::Wrap), (false, true, "unusable"));
+        for status in [401, 403, 404, 410] {
+            assert_eq!(kinds(status, Operation::Wrap), (both, false, "refused"), "{status}");
+        }
+        assert_eq!(kinds(409, Operation::Wrap), (Some(Withdrawn::Sealing), false, "refused"));
+        assert_eq!(kinds(400, Operation::Unwrap), (None, false, "not_authentic"));
+        assert_eq!(kinds(422, Operation::Unwrap), (None, false, "not_authentic"));
+        assert_eq!(kinds(422, Operation::Wrap), (None, false, "refused"));
+        assert_eq!(kinds(429, Operation::Wrap), (None, true, "overloaded"));
+        assert_eq!(kinds(503, Operation::Wrap), (None, true, "unusable"));
     }
 
     #[test]

@@ -8,7 +8,7 @@ pub mod keyprotect;
 #[cfg(feature = "pkcs11")]
 pub mod pkcs11;
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug, Display};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,9 +17,21 @@ use kms_core::secret::Dek;
 
 use crate::sealer::{Call, Refusal, SealerError};
 
+/// Who is asked, for messages: whoever is on call must look there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    KeyService,
+    Hsm,
+}
+
 /// One CRK of a key service.
 #[async_trait]
 pub trait KeyService: Send + Sync + Debug {
+    /// What stands behind this trait.
+    fn backend(&self) -> Backend {
+        Backend::KeyService
+    }
+
     /// A new DEK, made by the service and wrapped by the CRK version that is active now.
     async fn wrap_new(&self, call: &Call) -> Result<NewDek, Error>;
 
@@ -52,31 +64,62 @@ pub struct Unwrapped {
     pub active_version: Option<String>,
 }
 
-/// Why the key service gave no DEK, by what follows for the DEKs that are held.
+/// Why there is no DEK, by what follows for the DEKs that are held.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// It said no. Unless only the request was wrong, DEKs of this CRK are dropped at once.
     #[error("{text}")]
     Refused { refusal: Refusal, text: String },
     /// The WDEK is not one of this CRK.
-    #[error("the key service does not know this wrapped DEK")]
+    #[error("this wrapped DEK is not one of this CRK")]
     NotAuthentic,
     /// No connection: the only failure that is tried again within a call.
     #[error("{text}")]
     Unreachable { text: String },
-    #[error("the key service did not answer in time")]
-    TimedOut,
+    #[error("the {0} did not answer in time")]
+    TimedOut(Backend),
     /// It answered, and the answer is of no use: a 5xx, a proxy's page.
     #[error("{text}")]
     Unusable { text: String },
     #[error("{text}")]
-    Overloaded { text: String },
+    Overloaded { backend: Backend, text: String },
+}
+
+/// What a refusal ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Withdrawn {
+    /// An expired CRK still opens what it sealed, also in an outage of its service.
+    Sealing,
+    Both,
+}
+
+impl Display for Withdrawn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Withdrawn::Sealing => "the DEK that seals is",
+            Withdrawn::Both => "its DEKs are",
+        })
+    }
+}
+
+impl Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Backend::KeyService => "key service",
+            Backend::Hsm => "HSM",
+        })
+    }
 }
 
 impl Error {
-    /// Held DEKs must go: access to the CRK was withdrawn.
-    pub fn is_withdrawal(&self) -> bool {
-        matches!(self, Error::Refused { refusal, .. } if *refusal != Refusal::Request)
+    /// What access to the CRK was withdrawn, so that held DEKs must go.
+    pub fn withdrawn(&self) -> Option<Withdrawn> {
+        let Error::Refused { refusal, .. } = self else { return None };
+        match refusal {
+            Refusal::Request => None,
+            Refusal::NoWrap => Some(Withdrawn::Sealing),
+            Refusal::Access | Refusal::NoSuchKey | Refusal::KeyState => Some(Withdrawn::Both),
+        }
     }
 
     /// Nothing was said about the CRK: held DEKs live until they expire.
@@ -90,7 +133,7 @@ impl Error {
             Error::Refused { .. } => "refused",
             Error::NotAuthentic => "not_authentic",
             Error::Unreachable { .. } => "unreachable",
-            Error::TimedOut => "timed_out",
+            Error::TimedOut(_) => "timed_out",
             Error::Unusable { .. } => "unusable",
             Error::Overloaded { .. } => "overloaded",
         }
@@ -105,8 +148,8 @@ impl From<Error> for SealerError {
             Error::Unreachable { text } | Error::Unusable { text } => {
                 SealerError::Unavailable { text }
             }
-            Error::TimedOut => SealerError::TimedOut,
-            Error::Overloaded { .. } => SealerError::Overloaded,
+            Error::TimedOut(backend) => SealerError::TimedOut(backend),
+            Error::Overloaded { backend, .. } => SealerError::Overloaded(backend),
         }
     }
 }

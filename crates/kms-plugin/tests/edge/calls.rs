@@ -12,7 +12,7 @@ use kms_plugin::dek_cache::CrkName;
 use kms_plugin::keys::{Crk, Policy, Ring};
 use kms_plugin::probe::probe;
 use kms_plugin::provider::guard::{Guard, Tools};
-use kms_plugin::provider::{Error, KeyService, NewDek, Unwrapped};
+use kms_plugin::provider::{Backend, Error, KeyService, NewDek, Unwrapped};
 use kms_plugin::random::Random;
 use kms_plugin::sealer::{Call, Sealer};
 use tokio::task::JoinSet;
@@ -209,7 +209,10 @@ async fn case_27_a_full_queue_is_said_at_once_and_to_everybody() {
     let world = World::new(Policy { new_dek: true, ..policy() });
     let plugin = Plugin::on_a_file(world.started().await);
     let (_, mut v2) = plugin.clients().await;
-    world.kms.set(Mood::Fails(Error::Overloaded { text: "the queue is full".into() }));
+    world.kms.set(Mood::Fails(Error::Overloaded {
+        backend: Backend::KeyService,
+        text: "the queue is full".into(),
+    }));
     let mut callers = JoinSet::new();
     for _ in 0..300 {
         let mut v2 = v2.clone();

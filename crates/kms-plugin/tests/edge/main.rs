@@ -9,6 +9,8 @@ mod calls;
 #[expect(dead_code, reason = "shared with the sealing tests, which use the rest")]
 mod double;
 mod forms;
+#[path = "../sealing/policy.rs"]
+mod policy;
 mod serving;
 mod simulation;
 mod socket;

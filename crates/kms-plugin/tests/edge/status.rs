@@ -9,7 +9,7 @@ use kms_api::grpc::v2::{DecryptRequest, StatusRequest, StatusResponse};
 use kms_core::clock::{Clock, SystemClock};
 use kms_plugin::keys::Policy;
 use kms_plugin::probe::probe;
-use kms_plugin::provider::Error;
+use kms_plugin::provider::{Backend, Error};
 use kms_plugin::sealer::Refusal;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -63,7 +63,10 @@ async fn case_07_what_cannot_seal_is_an_error_and_never_a_text_beside_a_key_id()
         (Mood::Unreachable, Code::Unavailable),
         (Mood::Hangs, Code::DeadlineExceeded),
         (Mood::Fails(Error::Unusable { text: "502".into() }), Code::Unavailable),
-        (Mood::Fails(Error::Overloaded { text: "429".into() }), Code::ResourceExhausted),
+        (
+            Mood::Fails(Error::Overloaded { backend: Backend::KeyService, text: "429".into() }),
+            Code::ResourceExhausted,
+        ),
         (refused(Refusal::KeyState, "disabled"), Code::FailedPrecondition),
         (refused(Refusal::NoSuchKey, "deleted"), Code::Unavailable),
         (refused(Refusal::Access, "wrong API key or PIN"), Code::Unknown),

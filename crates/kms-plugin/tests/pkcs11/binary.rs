@@ -141,7 +141,7 @@ async fn it_starts_without_the_token_and_uses_it_when_it_comes() {
     let plugin = token.serving();
     plugin.line("not ready: Unavailable: the HSM is not available: no token with label");
     token.plug_in();
-    plugin.line("wraps and unwraps: ready.");
+    plugin.line("The HSM wraps and unwraps: ready.");
     opens(&plugin, &sealed(&plugin).await).await;
 }
 
@@ -166,9 +166,31 @@ async fn case_07_a_wrong_pin_is_tried_once_and_another_one_without_a_restart() {
     assert_eq!(logins(&plugin), 1, "the same PIN again is no reason");
     token.settings.pin = PIN;
     token.reload(&plugin);
-    plugin.line("wraps and unwraps: ready.");
+    plugin.line("The HSM wraps and unwraps: ready.");
     opens(&plugin, &sealed(&plugin).await).await;
     assert_eq!(logins(&plugin), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_pin_is_tried_once_over_many_starts() {
+    let Some(mut token) = TestToken::new() else { return };
+    token.settings.pin = "not-the-pin";
+    token.settings.refused_pin_file = true;
+    let tried = "the HSM refuses the PIN: C_Login: CKR_PIN_INCORRECT";
+    token.serving().line(tried);
+    for _ in 0..2 {
+        let plugin = token.serving();
+        plugin.line("the HSM refuses the PIN: it was refused before, and is not tried again");
+        assert!(!plugin.lines().iter().any(|line| line.contains(tried)));
+    }
+    let refused = token.refused_pin_file();
+    std::fs::remove_file(&refused).unwrap();
+    let plugin = token.serving();
+    plugin.line(tried);
+    token.settings.pin = PIN;
+    token.reload(&plugin);
+    plugin.line("The HSM wraps and unwraps: ready.");
+    assert!(!refused.exists(), "what was refused is forgotten");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -180,7 +202,7 @@ async fn a_changed_pin_file_is_noticed_and_tried_without_a_signal() {
     token.settings.pin = PIN;
     token.write_config();
     plugin.line("The HSM's PIN is another one");
-    plugin.line("wraps and unwraps: ready.");
+    plugin.line("The HSM wraps and unwraps: ready.");
     opens(&plugin, &sealed(&plugin).await).await;
 }
 

@@ -34,6 +34,7 @@ fn only_the_way_to_the_token_has_to_be_named() {
     assert_eq!(hsm.library.to_str().unwrap(), LIBRARY);
     assert_eq!(hsm.token, Token::Label("kek".into()));
     assert_eq!((hsm.pin.expose(), hsm.sessions), ("1234", 2));
+    assert_eq!(hsm.refused_pin_file, None);
     assert_eq!(hsm.deadline, Duration::from_secs(2));
     assert_eq!(hsm.crk_version.unwrap().to_string(), ID);
 }
@@ -114,7 +115,8 @@ fn version_and_pin_change_while_it_runs_and_the_rest_waits_for_a_restart() {
     assert!(old.needing_restart(&rotated.unwrap()).is_empty());
     let other_pin = read(&text(), &[("PIN", "4321")]);
     assert!(old.needing_restart(&other_pin.unwrap()).is_empty());
-    for change in [("TOKEN_LABEL", "other"), ("SESSIONS", "3")] {
+    let file = ("REFUSED_PIN_FILE", "/var/lib/keelson/refused-pin");
+    for change in [("TOKEN_LABEL", "other"), ("SESSIONS", "3"), file] {
         assert_eq!(old.needing_restart(&read(&text(), &[change]).unwrap()), ["PKCS11"]);
     }
 }

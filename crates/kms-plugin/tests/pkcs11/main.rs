@@ -6,6 +6,8 @@ mod configuration;
 #[path = "../process/plugin.rs"]
 #[expect(dead_code, reason = "the tests over a key service use the rest")]
 mod plugin;
+#[path = "../sealing/policy.rs"]
+mod policy;
 mod rules;
 #[path = "../process/service.rs"]
 #[expect(dead_code, reason = "the tests over a key service use it")]

@@ -22,7 +22,8 @@ use kms_plugin::random::Random;
 use kms_plugin::sealer::{Call, Refusal, Sealed, Sealer, SealerError};
 use uuid::Uuid;
 
-const HOUR: Duration = Duration::from_secs(3600);
+use crate::policy::{HOUR, policy};
+
 const A: Uuid = Uuid::from_u128(0xa);
 const B: Uuid = Uuid::from_u128(0xb);
 /// Not in the HSM.
@@ -45,16 +46,7 @@ impl World {
             let vault = vault.clone();
             Arc::new(Hsm::new(pin(), move || Ok(vault.clone() as Arc<dyn Vault>)))
         };
-        let policy = Policy {
-            new_dek: false,
-            lifetime: HOUR,
-            max_age: 168 * HOUR,
-            max_uses: 1_000_000,
-            capacity: 1000,
-            len_bytes: 4,
-            accept_unauthenticated: false,
-        };
-        World { vault, hsm, clock: Arc::new(ManualClock::new()), policy }
+        World { vault, hsm, clock: Arc::new(ManualClock::new()), policy: policy() }
     }
 
     fn service(&self, crk: &str, version: Option<Uuid>) -> Pkcs11Crk {
@@ -175,9 +167,28 @@ async fn every_answer_of_the_hsm_says_what_becomes_of_the_deks() {
             crk.wrap_new(&call()).await.unwrap_err(),
             crk.unwrap(&new.wdek, &call()).await.unwrap_err(),
         ] {
-            let kinds = (failed.is_withdrawal(), failed.is_outage(), failed.outcome());
+            let kinds = (failed.withdrawn().is_some(), failed.is_outage(), failed.outcome());
             assert_eq!(kinds, expected, "{error}");
         }
+    }
+}
+
+/// Whoever is on call must not look for a service that there is not.
+#[tokio::test(start_paused = true)]
+async fn every_message_names_the_hsm_and_no_key_service() {
+    let world = World::new().await;
+    let sealer = Sealer::new(world.ring(A), world.policy, world.tools());
+    let mut said = vec![sealer.status().unwrap_err().to_string()];
+    for error in [away(), VaultError::TimedOut, VaultError::Busy, VaultError::NotFound] {
+        world.fail(error);
+        assert!(!probe(&sealer).await);
+        said.push(sealer.status().unwrap_err().to_string());
+        said.push(seal(&sealer).await.unwrap_err().to_string());
+    }
+    world.vault.set_fault(Some(Fault::Hang));
+    said.push(seal(&sealer).await.unwrap_err().to_string());
+    for text in said {
+        assert!(text.contains("HSM") && !text.contains("key service"), "{text}");
     }
 }
 
@@ -322,39 +333,6 @@ fn counted(
 
 fn vault() -> Arc<dyn Vault> {
     Arc::new(MemoryVault::new())
-}
-
-#[tokio::test]
-async fn a_refused_pin_is_never_tried_again_and_another_one_is() {
-    let pin = pin();
-    let tried = Arc::new(Mutex::new(Vec::new()));
-    let hsm = {
-        let (pin, tried) = (pin.clone(), tried.clone());
-        Hsm::new(pin.clone(), move || {
-            let text = pin.to_try().unwrap();
-            tried.lock().unwrap().push(text.expose().to_owned());
-            if text.expose() == "4321" {
-                return Ok(vault());
-            }
-            pin.refuse(&text, "CKR_PIN_INCORRECT");
-            Err(VaultError::Credential("CKR_PIN_INCORRECT".into()))
-        })
-    };
-    assert!(tried.lock().unwrap().is_empty(), "nothing is opened before it is asked for");
-    for same in [false, true] {
-        if same {
-            hsm.use_pin(&SecretText::new("1234".into()));
-        }
-        for _ in 0..10 {
-            let refused = VaultError::Credential("CKR_PIN_INCORRECT".into());
-            assert_eq!(hsm.vault().await.unwrap_err(), refused);
-        }
-    }
-    hsm.use_pin(&SecretText::new("4321".into()));
-    while hsm.vault().await.is_err() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    assert_eq!(*tried.lock().unwrap(), ["1234", "4321"]);
 }
 
 #[tokio::test]

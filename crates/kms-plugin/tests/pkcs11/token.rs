@@ -30,6 +30,8 @@ pub(crate) struct Settings {
     pub(crate) pin: &'static str,
     /// As PIN_FILE.
     pub(crate) pin_in_file: bool,
+    /// With REFUSED_PIN_FILE.
+    pub(crate) refused_pin_file: bool,
     pub(crate) crk: &'static str,
     pub(crate) crk_version: String,
     /// A CRK that only unwraps.
@@ -52,6 +54,7 @@ impl TestToken {
         let settings = Settings {
             pin: PIN,
             pin_in_file: false,
+            refused_pin_file: false,
             crk: CRK,
             crk_version: String::new(),
             previous: None,
@@ -102,8 +105,16 @@ impl TestToken {
     }
 
     pub(crate) fn write_config(&self) {
-        let Settings { pin, pin_in_file, crk, crk_version, previous, server, logger } =
-            &self.settings;
+        let Settings {
+            pin,
+            pin_in_file,
+            refused_pin_file,
+            crk,
+            crk_version,
+            previous,
+            server,
+            logger,
+        } = &self.settings;
         let pin = match pin_in_file {
             true => {
                 let path = self.folder.path().join("pin");
@@ -111,6 +122,10 @@ impl TestToken {
                 format!("PIN_FILE: {}", path.display())
             }
             false => format!("PIN: {pin}"),
+        };
+        let pin = match refused_pin_file {
+            true => format!("{pin}\n  REFUSED_PIN_FILE: {}", self.refused_pin_file().display()),
+            false => pin,
         };
         let (socket, library) = (self.socket(), self.library.display());
         let health_port = self.health_port;
@@ -140,7 +155,7 @@ impl TestToken {
 
     pub(crate) fn ready(&self) -> Plugin {
         let plugin = self.serving();
-        plugin.line("wraps and unwraps: ready.");
+        plugin.line("The HSM wraps and unwraps: ready.");
         plugin
     }
 
@@ -160,6 +175,10 @@ impl TestToken {
     pub(crate) fn plug_in(&self) {
         std::fs::remove_dir_all(self.objects()).unwrap();
         std::fs::rename(self.away(), self.objects()).unwrap();
+    }
+
+    pub(crate) fn refused_pin_file(&self) -> PathBuf {
+        self.folder.path().join("refused-pin")
     }
 
     fn objects(&self) -> PathBuf {

@@ -18,7 +18,8 @@ use kms_plugin::random::Random;
 use kms_plugin::sealer::{Call, Refusal, Sealed, Sealer, SealerError};
 use tokio::sync::Semaphore;
 
-pub(crate) const HOUR: Duration = Duration::from_secs(3600);
+pub(crate) use crate::policy::{HOUR, policy};
+
 pub(crate) const MINUTE: Duration = Duration::from_secs(60);
 
 /// How the service behaves.
@@ -30,6 +31,7 @@ pub(crate) enum Mood {
     /// Unwraps to another DEK than it wrapped.
     Lies,
     Fails(Error),
+    FailsToWrap(Error),
 }
 
 #[derive(Debug)]
@@ -92,7 +94,7 @@ impl FakeKms {
     async fn mood(&self) -> Result<(), Error> {
         let mood = self.state.lock().unwrap().mood.clone();
         match mood {
-            Mood::Up | Mood::Lies => Ok(()),
+            Mood::Up | Mood::Lies | Mood::FailsToWrap(_) => Ok(()),
             Mood::Unreachable => Err(Error::Unreachable { text: "connection refused".into() }),
             Mood::Hangs => std::future::pending().await,
             Mood::Fails(error) => Err(error),
@@ -106,6 +108,9 @@ impl KeyService for FakeKms {
         let number = self.wraps.fetch_add(1, Ordering::Relaxed);
         self.mood().await?;
         let mut state = self.state.lock().unwrap();
+        if let Mood::FailsToWrap(error) = &state.mood {
+            return Err(error.clone());
+        }
         let index = state.versions.len() - 1 - usize::from(state.lags);
         let version = state.versions[index].clone();
         let wdek = format!("wdek-{number}-{version}").into_bytes();
@@ -140,18 +145,6 @@ pub(crate) struct World {
     pub(crate) metrics: Metrics,
     pub(crate) policy: Policy,
     pub(crate) patience: Patience,
-}
-
-pub(crate) fn policy() -> Policy {
-    Policy {
-        new_dek: false,
-        lifetime: HOUR,
-        max_age: 168 * HOUR,
-        max_uses: 1_000_000,
-        capacity: 1000,
-        len_bytes: 4,
-        accept_unauthenticated: false,
-    }
 }
 
 impl World {

@@ -1,16 +1,19 @@
 //! What an outage, a refusal and a hanging service do: to callers, to the DEKs that are held, and to Status.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use kms_plugin::keys::Policy;
+use kms_plugin::keys::{Policy, Ring};
 use kms_plugin::probe::{self, probe};
-use kms_plugin::provider::Error;
 use kms_plugin::provider::guard::Patience;
-use kms_plugin::sealer::{Refusal, SealerError};
+use kms_plugin::provider::{Backend, Error};
+use kms_plugin::sealer::{Refusal, Sealed, Sealer, SealerError};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::double::{
-    HOUR, MINUTE, Mood, World, call, open_v1, open_v2, policy, refused, reported, seal_v1, seal_v2,
+    FakeKms, HOUR, MINUTE, Mood, World, call, open_v1, open_v2, policy, refused, reported, seal_v1,
+    seal_v2,
 };
 
 #[tokio::test]
@@ -50,14 +53,20 @@ async fn a_service_that_hangs_is_given_up_before_the_caller_gives_up() {
     let world = World::new(policy());
     world.kms.set(Mood::Hangs);
     let started = Instant::now();
-    assert_eq!(seal_v1(&world.start(), b"x").await, Err(SealerError::TimedOut));
+    assert_eq!(
+        seal_v1(&world.start(), b"x").await,
+        Err(SealerError::TimedOut(Backend::KeyService))
+    );
     assert_eq!(started.elapsed().as_millis() / 100, 25);
 
     let patience = Patience { max_retries: 0, timeout: Some(Duration::from_secs(1)) };
     let world = World { patience, ..World::new(policy()) };
     world.kms.set(Mood::Hangs);
     let started = Instant::now();
-    assert_eq!(seal_v1(&world.start(), b"x").await, Err(SealerError::TimedOut));
+    assert_eq!(
+        seal_v1(&world.start(), b"x").await,
+        Err(SealerError::TimedOut(Backend::KeyService))
+    );
     assert_eq!(started.elapsed().as_millis() / 100, 10, "KP_TIMEOUT");
 }
 
@@ -72,7 +81,11 @@ async fn hanging_calls_do_not_pile_up() {
     }
     let started = Instant::now();
     for _ in 0..100 {
-        assert_eq!(seal_v1(&sealer, b"x").await, Err(SealerError::TimedOut), "the known cause");
+        assert_eq!(
+            seal_v1(&sealer, b"x").await,
+            Err(SealerError::TimedOut(Backend::KeyService)),
+            "the known cause"
+        );
     }
     assert_eq!((started.elapsed(), world.kms.asked().0), (Duration::ZERO, 3));
     // After a rest one caller goes and sees; when it comes back with an answer all may go again.
@@ -173,6 +186,106 @@ async fn a_refusal_that_a_request_meets_counts_as_well() {
     assert_eq!(sealer.snapshot().dek_cache_entries, 0);
 }
 
+/// A plug-in with a current and a previous CRK, and a value that the previous one has sealed, its DEK in memory.
+async fn with_a_previous_crk(world: &World) -> (Arc<Sealer>, Arc<FakeKms>, Sealed) {
+    let old = FakeKms::new();
+    let previous = world.crk("old", 1, &old);
+    let sealed_by = Ring { current: previous.clone(), previous: Vec::new() };
+    let sealed = seal_v2(&world.start_with(sealed_by), b"old").await.unwrap();
+    let ring = Ring { current: world.crk("new", 2, &world.kms), previous: vec![previous] };
+    let sealer = world.start_with(ring);
+    assert!(probe(&sealer).await);
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"old");
+    (sealer, old, sealed)
+}
+
+#[tokio::test]
+async fn access_to_a_previous_crk_ends_with_the_next_probe() {
+    let world = World::new(policy());
+    let (sealer, old, sealed) = with_a_previous_crk(&world).await;
+    old.set(refused(Refusal::KeyState, "disabled"));
+    assert!(probe(&sealer).await, "the current CRK is as it was");
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap_err().to_string(), "disabled");
+    assert!(sealer.status().is_ok());
+    old.set(Mood::Up);
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"old");
+}
+
+#[tokio::test]
+async fn an_outage_of_a_previous_crk_leaves_its_deks() {
+    let world = World::new(policy());
+    let (sealer, old, sealed) = with_a_previous_crk(&world).await;
+    old.set(Mood::Unreachable);
+    assert!(probe(&sealer).await);
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"old");
+}
+
+#[tokio::test]
+async fn an_unused_dek_of_a_previous_crk_ends_though_it_is_watched() {
+    let world = World::new(policy());
+    let (sealer, old, sealed) = with_a_previous_crk(&world).await;
+    for _ in 0..6 {
+        world.clock.advance(10 * MINUTE);
+        assert!(probe(&sealer).await);
+    }
+    let asked = old.asked().1;
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"old");
+    assert_eq!(old.asked().1, asked + 1);
+}
+
+#[tokio::test]
+async fn an_answer_that_was_under_way_when_access_ended_brings_no_dek_back() {
+    let world = World::new(policy());
+    let (sealer, old, _) = with_a_previous_crk(&world).await;
+    let other = Ring { current: world.crk("old", 1, &old), previous: Vec::new() };
+    let other = seal_v2(&world.start_with(other), b"other").await.unwrap();
+    let gate = Arc::new(Semaphore::new(0));
+    *old.gate.lock().unwrap() = Some(gate.clone());
+    let asked = old.asked().1;
+    let late = tokio::spawn({
+        let sealer = sealer.clone();
+        async move { open_v2(&sealer, &other).await.map(|opened| (other, opened)) }
+    });
+    while old.asked().1 == asked {
+        tokio::task::yield_now().await;
+    }
+    // The probe is let through first, and is refused; then the answer of before comes.
+    *old.gate.lock().unwrap() = None;
+    old.set(refused(Refusal::Access, "revoked"));
+    assert!(probe(&sealer).await);
+    old.set(Mood::Up);
+    gate.add_permits(1);
+    let (other, opened) = late.await.unwrap().unwrap();
+    assert_eq!(opened, b"other", "it was asked for in time");
+    old.set(refused(Refusal::Access, "revoked"));
+    let kept = open_v2(&sealer, &other).await;
+    assert_eq!(kept.unwrap_err().to_string(), "revoked");
+}
+
+#[tokio::test]
+async fn a_crk_that_only_wraps_no_more_goes_on_opening_also_in_an_outage() {
+    let world = World::new(policy());
+    let sealer = world.started().await;
+    let sealed = seal_v2(&sealer, b"x").await.unwrap();
+    world.kms.set(Mood::FailsToWrap(Error::Refused {
+        refusal: Refusal::NoWrap,
+        text: "expired".into(),
+    }));
+    assert!(!probe(&sealer).await);
+    assert_eq!(sealer.status().unwrap_err().to_string(), "expired");
+    assert_eq!(seal_v2(&sealer, b"y").await.unwrap_err().to_string(), "expired");
+    assert!(!probe(&sealer).await);
+    world.kms.set(Mood::Unreachable);
+    assert!(!probe(&sealer).await);
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"x");
+    // Nor does it unwrap any more: the next probe finds out.
+    world.kms.set(refused(Refusal::NoWrap, "disabled"));
+    assert!(!probe(&sealer).await);
+    world.kms.set(refused(Refusal::KeyState, "disabled"));
+    assert!(!probe(&sealer).await);
+    assert_eq!(sealer.snapshot().dek_cache_entries, 0);
+}
+
 #[tokio::test]
 async fn a_refused_request_withdraws_nothing() {
     let world = World::new(policy());
@@ -196,7 +309,7 @@ async fn a_forged_wdek_costs_nobody_else_anything() {
     let ours = seal_v1(&sealer, b"ours").await.unwrap();
     let (fresh, entries) = (world.start(), sealer.snapshot().dek_cache_entries);
     // The fake's WDEK names repeat, so the stranger's is only unknown to a service that has wrapped nothing yet.
-    let unknown = World { kms: crate::double::FakeKms::new(), ..World::new(policy()) };
+    let unknown = World { kms: FakeKms::new(), ..World::new(policy()) };
     assert_eq!(open_v1(&unknown.start(), &forged).await, Err(SealerError::NotAuthentic));
     assert_eq!(open_v1(&fresh, &ours).await.unwrap(), b"ours");
     assert_eq!(sealer.snapshot().dek_cache_entries, entries);
@@ -244,7 +357,7 @@ async fn case_09_status_and_cached_opens_do_not_wait_while_the_service_hangs() {
     assert_eq!(started.elapsed(), Duration::ZERO);
     for waiter in waiting {
         let error = waiter.await.unwrap().unwrap_err();
-        assert_eq!(error, SealerError::TimedOut);
+        assert_eq!(error, SealerError::TimedOut(Backend::KeyService));
     }
     assert!(started.elapsed() < Duration::from_secs(3));
 }

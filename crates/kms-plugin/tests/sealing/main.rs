@@ -5,6 +5,7 @@
 mod double;
 mod failures;
 mod interleavings;
+mod policy;
 mod reload;
 mod rotation;
 mod settings;

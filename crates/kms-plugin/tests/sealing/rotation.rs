@@ -8,7 +8,7 @@ use kms_core::secret::Dek;
 use kms_daemon::lifecycle::Shutdown;
 use kms_plugin::keys::{Asked, Keys, Next, NotAdopted, Policy};
 use kms_plugin::probe::probe;
-use kms_plugin::provider::NewDek;
+use kms_plugin::provider::{Backend, NewDek};
 use kms_plugin::sealer::{Call, SealerError};
 use proptest::prelude::*;
 use tokio::sync::Semaphore;
@@ -239,7 +239,7 @@ proptest! {
         let mut keys = Keys::new(world.ring(), policy);
         keys.set_ready(Ok(()));
         let name = world.ring().current.name.clone();
-        let cause = SealerError::TimedOut;
+        let cause = SealerError::TimedOut(Backend::KeyService);
         let (mut now, mut newest, mut wraps) = (Duration::ZERO, 1, 0);
         let mut open: Vec<(Asked, usize)> = Vec::new();
         let mut history: Vec<KeyId> = Vec::new();

@@ -18,11 +18,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
 
 /// As long as records come. The bound that is promised is a minute: this leaves room for a slow HSM.
 const INTERVAL: Duration = Duration::from_secs(30);
 /// After a failure.
 const RETRY: Duration = Duration::from_secs(1);
+/// While the database does not keep the key that was made, it is twice as long after each failure, and no longer than this.
+const LONGEST_RETRY: Duration = Duration::from_secs(16);
 /// So many failures in a row are told: at a start the HSM is not there at once.
 const TOLD: u32 = 5;
 /// How often it is signed anew because too many records came meanwhile.
@@ -33,6 +36,8 @@ const ATTEMPTS: usize = 3;
 pub struct Anchors<'a> {
     app: &'a App,
     key: Option<SigningKey>,
+    /// The key pair that was begun, so that no attempt makes another one.
+    begun: Option<Uuid>,
     /// The line of the last anchor: while it is the last of all, there is nothing to prove.
     last: Option<Link>,
     failures: u32,
@@ -57,23 +62,39 @@ enum Late {
     Encode(#[from] NotARecord),
     #[error("more records come than the HSM signs for")]
     TooSlow,
+    #[error(
+        "another server on this database has the name {node:?}, too, and writes a chain of its own under it: give each \
+         server its own NODE_ID, and move the audit log of the one that is renamed away"
+    )]
+    SharedName { node: String },
 }
 
 impl<'a> Anchors<'a> {
     #[must_use]
     pub fn new(app: &'a App) -> Anchors<'a> {
-        Anchors { app, key: None, last: None, failures: 0 }
+        Anchors { app, key: None, begun: None, last: None, failures: 0 }
     }
 
     /// Writes anchors until the shutdown is requested.
     pub async fn keep(&mut self, shutdown: &Shutdown) {
         loop {
             self.anchor().await;
-            let pause = if self.failures > 0 { RETRY } else { INTERVAL };
+            let pause = self.pause();
             tokio::select! {
                 () = shutdown.requested() => return,
                 () = self.app.audit.sink.begun() => {}
                 () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    fn pause(&self) -> Duration {
+        match (self.failures, self.begun) {
+            (0, _) => INTERVAL,
+            (_, None) => RETRY,
+            // Each attempt asks the HSM for the key once more.
+            (more, Some(_)) => {
+                RETRY.saturating_mul(1 << more.saturating_sub(1).min(10)).min(LONGEST_RETRY)
             }
         }
     }
@@ -103,12 +124,26 @@ impl<'a> Anchors<'a> {
             Some(key) => key.clone(),
             None => self.find_key().await?,
         };
+        self.be_alone().await?;
         let anchor = self.sign(&key).await?;
         let link = self.app.audit.anchor(anchor.clone()).await?;
         self.last = Some(link);
         let node = self.app.audit.sink.node();
+        self.app.audit.told(|told| told.tried = Some(link));
         self.app.store.keep_audit_head(node, link).await?;
+        self.app.audit.told(|told| told.kept = Some(link));
         self.write_beside("anchor", standing_alone(&anchor)?).await
+    }
+
+    /// Two chains of one name would each look like the other's forgery: nothing is signed on top of that.
+    async fn be_alone(&self) -> Result<(), Late> {
+        let node = self.app.audit.sink.node();
+        // Without the database nobody can say; the anchor does not wait for it.
+        let Ok(Some(there)) = self.app.store.audit_head(node).await else { return Ok(()) };
+        if self.app.audit.told(|told| told.may_be(there)) {
+            return Ok(());
+        }
+        Err(Late::SharedName { node: node.to_owned() })
     }
 
     async fn sign(&self, key: &SigningKey) -> Result<Anchor<'static>, Late> {
@@ -133,16 +168,31 @@ impl<'a> Anchors<'a> {
         let key = match app.store.audit_key().await? {
             Some(key) => key,
             None => {
-                let id = random_uuid(&*app.vault).await?;
-                let public = app.vault.signing_key(id).await?;
-                let made = SigningKey { id, public, created_at: app.now() };
+                let made = self.make_key().await?;
                 app.store.keep_audit_key(&made).await?
             }
         };
+        self.begun = None;
         let public = PublicKey::from_parts(&key.public.n, &key.public.e)?;
         self.write_beside("pem", public.pem().into_bytes()).await?;
         self.key = Some(key.clone());
         Ok(key)
+    }
+
+    /// Under one id until the database keeps it: what an attempt has made, the next one finds.
+    async fn make_key(&mut self) -> Result<SigningKey, Late> {
+        let app = self.app;
+        let id = match self.begun {
+            Some(id) => id,
+            None => random_uuid(&*app.vault).await?,
+        };
+        self.begun = Some(id);
+        let made = app.vault.make_signing_key(id).await;
+        if made == Err(VaultError::Exists) {
+            // Half a pair, of a crash in the middle of it. No database names it.
+            self.begun = None;
+        }
+        Ok(SigningKey { id, public: made?, created_at: app.now() })
     }
 
     /// Whole or not at all: somebody else may read it at any time.

@@ -7,14 +7,17 @@
 
 pub mod anchors;
 pub mod node;
+mod past;
 mod sink;
 
 use kms_core::audit::Link;
 use kms_core::audit::anchor::Anchor;
 use kms_core::clock::Clock;
+use prometheus_client::metrics::histogram::Histogram;
 use sink::{Entry, Sink};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -25,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What happened. Never holds key material, tokens or API keys: they are named by their ids.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`, and what the log says of itself:
+    /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`, `renew_key`, and what the log says of itself:
     /// `audit_recovered`, `audit_resumed`, `audit_file_missing`, `audit_file_removed`.
     pub action: &'static str,
     pub outcome: Outcome,
@@ -38,6 +41,10 @@ pub struct Record {
     pub version: Option<Uuid>,
     /// What the caller sent as `Correlation-Id`.
     pub correlation: Option<String>,
+    /// The other end of the connection; `None` for what the log says of itself and for what is done on the host.
+    pub peer: Option<SocketAddr>,
+    /// So many times, where one record stands for several: refused logins.
+    pub count: Option<u64>,
 }
 
 impl Record {
@@ -52,15 +59,29 @@ impl Record {
             target: None,
             version: None,
             correlation: None,
+            peer: None,
+            count: None,
         }
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
+    Begun,
     Done,
     /// The reason code of the refusal.
     Refused(&'static str),
+}
+
+/// How far the log is behind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Lag {
+    /// Records that are not durable yet; whoever asked for them waits.
+    pub waiting: usize,
+    /// How long the first of them has waited.
+    pub oldest: Duration,
+    /// Durable records that no anchor covers yet.
+    pub unanchored: u64,
 }
 
 /// The log of this server. One process at a time writes to a file.
@@ -68,7 +89,24 @@ pub enum Outcome {
 pub struct Audit {
     sink: Sink,
     clock: Arc<dyn Clock>,
+    told: Mutex<Told>,
     last: Option<OffsetDateTime>,
+}
+
+/// What the database was told of this chain.
+#[derive(Debug)]
+struct Told {
+    kept: Option<Link>,
+    /// It may have been kept: the answer is what was lost.
+    tried: Option<Link>,
+}
+
+impl Told {
+    /// Whether the database can say so when nobody but this server told it. Less is from a backup of the database.
+    fn may_be(&self, there: Link) -> bool {
+        let mut ours = [self.kept, self.tried].into_iter().flatten();
+        ours.any(|link| link == there || there.seq < link.seq)
+    }
 }
 
 impl Audit {
@@ -86,8 +124,15 @@ impl Audit {
         clock: Arc<dyn Clock>,
     ) -> Result<Audit, AuditError> {
         let last = sink::last_time(path);
-        let sink = Sink::open(path, node, known, OffsetDateTime::from(clock.wall()))?;
-        Ok(Audit { sink, clock, last })
+        let sink = Sink::open(path, node, known, clock.clone())?;
+        let told = Mutex::new(Told { kept: known, tried: None });
+        Ok(Audit { sink, clock, told, last })
+    }
+
+    /// Where it is; what belongs to it lies beside it.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.sink.path()
     }
 
     /// Returns when `record` is on disk.
@@ -131,6 +176,10 @@ impl Audit {
         self.sink.head()
     }
 
+    fn told<T>(&self, with: impl FnOnce(&mut Told) -> T) -> T {
+        with(&mut self.told.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// When the last record was written that the log held as it was opened.
     #[must_use]
     pub fn last(&self) -> Option<OffsetDateTime> {
@@ -141,6 +190,17 @@ impl Audit {
     #[must_use]
     pub fn syncs(&self) -> u64 {
         self.sink.syncs()
+    }
+
+    /// From now on `seconds` gets how long each sync takes.
+    pub fn show_sync_times(&self, seconds: Histogram) {
+        self.sink.show_times(seconds);
+    }
+
+    /// How far disk and HSM are behind at this moment.
+    #[must_use]
+    pub fn lag(&self) -> Lag {
+        self.sink.lag()
     }
 }
 

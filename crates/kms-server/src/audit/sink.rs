@@ -5,16 +5,20 @@
 //! again, and a file that was rotated away is followed by a new one that continues the chain.
 
 use super::node::beside;
-use super::{AuditError, Outcome, Record};
+use super::past::{Past, trace};
+use super::{AuditError, Lag, Outcome, Record};
 use kms_core::audit::anchor::Anchor;
-use kms_core::audit::{Content, DONE, Event, Link, parse};
+use kms_core::audit::{BEGUN, Content, DONE, Event, Link, parse};
+use kms_core::clock::Clock;
+use prometheus_client::metrics::histogram::Histogram;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::sync::{Notify, oneshot};
@@ -39,11 +43,13 @@ struct Shared {
     node: String,
     /// The last record that is durable.
     head: Mutex<Link>,
+    /// Up to this record an anchor proves what was written.
+    covered: AtomicU64,
     /// A file was begun.
     begun: Notify,
     inbox: Mutex<Inbox>,
     arrived: Condvar,
-    syncs: AtomicU64,
+    disk: Arc<Disk>,
     /// The last batch was not written, or does not come back from the disk.
     failed: AtomicBool,
 }
@@ -51,6 +57,8 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Inbox {
     waiting: Vec<Pending>,
+    /// What the thread has taken and not answered yet: how many, and since when the first of them waits.
+    at_work: Option<(usize, Duration)>,
     closed: bool,
 }
 
@@ -58,6 +66,7 @@ struct Inbox {
 struct Pending {
     entry: Entry,
     at: OffsetDateTime,
+    since: Duration,
     answer: oneshot::Sender<Result<Link, AuditError>>,
 }
 
@@ -69,11 +78,21 @@ pub(super) enum Entry {
     Anchor(Anchor<'static>),
 }
 
+/// Syncs, counted and timed.
+#[derive(Debug)]
+struct Disk {
+    clock: Arc<dyn Clock>,
+    syncs: AtomicU64,
+    /// Where the times are shown, once somebody shows them.
+    seconds: OnceLock<Histogram>,
+}
+
 /// An open log, whole to its last byte.
 #[derive(Debug)]
 struct Log {
     path: PathBuf,
     node: String,
+    disk: Arc<Disk>,
     file: File,
     /// Up to here everything is durable.
     len: u64,
@@ -86,9 +105,11 @@ impl Sink {
         path: &Path,
         node: &str,
         known: Option<Link>,
-        now: OffsetDateTime,
+        clock: Arc<dyn Clock>,
     ) -> Result<Sink, AuditError> {
-        let mut log = Log::open(path, node, known, now)?;
+        let now = OffsetDateTime::from(clock.wall());
+        let disk = Arc::new(Disk { clock, syncs: AtomicU64::new(0), seconds: OnceLock::new() });
+        let mut log = Log::open(path, node, &disk, known, now)?;
         if let (0, Some(known)) = (log.len, known) {
             tracing::warn!(
                 "There is no audit log {}; a new one continues after record {}.",
@@ -101,10 +122,12 @@ impl Sink {
             path: path.to_owned(),
             node: node.to_owned(),
             head: Mutex::new(log.link),
+            // What the database knows of a chain is the place of its last anchor.
+            covered: AtomicU64::new(known.map_or(0, |known| known.seq)),
             begun: Notify::new(),
             inbox: Mutex::default(),
             arrived: Condvar::new(),
-            syncs: AtomicU64::new(0),
+            disk,
             failed: AtomicBool::new(false),
         });
         let writer = std::thread::Builder::new().name("audit".into()).spawn({
@@ -122,9 +145,14 @@ impl Sink {
         if inbox.waiting.len() >= MOST_WAITING {
             return Err(AuditError::TimedOut { path: self.shared.path.clone() });
         }
-        inbox.waiting.push(Pending { entry, at, answer });
+        let since = self.shared.disk.clock.now();
+        // At work, it looks again by itself; and whoever came first has woken it.
+        let sleeps = inbox.at_work.is_none() && inbox.waiting.is_empty();
+        inbox.waiting.push(Pending { entry, at, since, answer });
         drop(inbox);
-        self.shared.arrived.notify_one();
+        if sleeps {
+            self.shared.arrived.notify_one();
+        }
         Ok(written)
     }
 
@@ -156,7 +184,28 @@ impl Sink {
     }
 
     pub(super) fn syncs(&self) -> u64 {
-        self.shared.syncs.load(Ordering::Relaxed)
+        self.shared.disk.syncs.load(Ordering::Relaxed)
+    }
+
+    /// From now on `seconds` gets how long each sync takes.
+    pub(super) fn show_times(&self, seconds: Histogram) {
+        // Whoever came first shows them.
+        let _ = self.shared.disk.seconds.set(seconds);
+    }
+
+    pub(super) fn lag(&self) -> Lag {
+        let inbox = self.shared.inbox();
+        let (at_work, taken) = inbox.at_work.unzip();
+        let oldest = taken.or_else(|| inbox.waiting.first().map(|pending| pending.since));
+        let waiting = inbox.waiting.len() + at_work.unwrap_or(0);
+        drop(inbox);
+        let now = self.shared.disk.clock.now();
+        let covered = self.shared.covered.load(Ordering::Relaxed);
+        Lag {
+            waiting,
+            oldest: oldest.map_or(Duration::ZERO, |since| now.saturating_sub(since)),
+            unanchored: self.head().seq.saturating_sub(covered),
+        }
     }
 }
 
@@ -181,7 +230,10 @@ impl Shared {
     fn batch(&self) -> Vec<Pending> {
         let idle = |inbox: &mut Inbox| inbox.waiting.is_empty() && !inbox.closed;
         let inbox = self.arrived.wait_while(self.inbox(), idle);
-        std::mem::take(&mut inbox.unwrap_or_else(PoisonError::into_inner).waiting)
+        let mut inbox = inbox.unwrap_or_else(PoisonError::into_inner);
+        let batch = std::mem::take(&mut inbox.waiting);
+        inbox.at_work = batch.first().map(|first| (batch.len(), first.since));
+        batch
     }
 }
 
@@ -204,11 +256,9 @@ fn write_all(shared: &Shared, log: Log) {
         let Some(first) = batch.first() else { return };
         let outcome = commit(shared, &mut open, first.at, &batch);
         shared.failed.store(outcome.is_err(), Ordering::Relaxed);
+        shared.inbox().at_work = None;
         let answers: Vec<_> = match outcome {
-            Ok(links) => {
-                shared.syncs.fetch_add(1, Ordering::Relaxed);
-                links.into_iter().map(Ok).collect()
-            }
+            Ok(links) => links.into_iter().map(Ok).collect(),
             Err(error) => {
                 tracing::error!("{error}");
                 batch.iter().map(|_| Err(error.clone())).collect()
@@ -234,6 +284,14 @@ fn commit(
         before => reopen(shared, before.is_some_and(|log| log.is_removed()), now)?,
     };
     let links = log.append(batch.iter().map(|pending| (&pending.entry, pending.at)))?;
+    for (pending, link) in batch.iter().zip(&links) {
+        if let Entry::Anchor(anchor) = &pending.entry {
+            // Its own line proves itself.
+            let head = anchor.head().seq;
+            let covered = if head + 1 == link.seq { link.seq } else { head };
+            shared.covered.store(covered, Ordering::Relaxed);
+        }
+    }
     *shared.head.lock().unwrap_or_else(PoisonError::into_inner) = log.link;
     *open = Some(log);
     Ok(links)
@@ -241,7 +299,7 @@ fn commit(
 
 fn reopen(shared: &Shared, removed: bool, now: OffsetDateTime) -> Result<Log, AuditError> {
     let head = *shared.head.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut log = Log::open(&shared.path, &shared.node, Some(head), now)?;
+    let mut log = Log::open(&shared.path, &shared.node, &shared.disk, Some(head), now)?;
     if log.len == 0 {
         shared.begun.notify_one();
     }
@@ -256,12 +314,25 @@ fn reopen(shared: &Shared, removed: bool, now: OffsetDateTime) -> Result<Log, Au
     Ok(log)
 }
 
+impl Disk {
+    fn sync(&self, file: &File) -> io::Result<()> {
+        let began = self.clock.now();
+        let synced = file.sync_data();
+        self.syncs.fetch_add(1, Ordering::Relaxed);
+        if let Some(seconds) = self.seconds.get() {
+            seconds.observe(self.clock.now().saturating_sub(began).as_secs_f64());
+        }
+        synced
+    }
+}
+
 impl Log {
     /// Opens the file, checks its end, sets a torn last line aside. `known` is where the chain was left: an empty file
     /// continues it, any other must end with it or have gone on from it.
     fn open(
         path: &Path,
         node: &str,
+        disk: &Arc<Disk>,
         known: Option<Link>,
         now: OffsetDateTime,
     ) -> Result<Log, AuditError> {
@@ -285,8 +356,14 @@ impl Log {
             sync_folder(path).map_err(failed)?;
         }
         let start = known.unwrap_or_else(Link::start);
-        let mut log =
-            Log { path: path.to_owned(), node: node.to_owned(), file, len: 0, link: start };
+        let mut log = Log {
+            path: path.to_owned(),
+            node: node.to_owned(),
+            disk: disk.clone(),
+            file,
+            len: 0,
+            link: start,
+        };
         let torn = log.read_end(known)?;
         if !torn.is_empty() {
             log.set_aside(&torn, now)?;
@@ -300,10 +377,13 @@ impl Log {
         }
     }
 
-    /// Follows the chain through the end of the file; returns what stands after the last whole line.
+    /// Follows the chain through the end of the file, and from there back to `known`; returns what stands after the last
+    /// whole line.
     fn read_end(&mut self, known: Option<Link>) -> Result<Vec<u8>, AuditError> {
         let (size, end) = self.end().map_err(|cause| open_error(&self.path, cause))?;
         let mut rest = end.as_slice();
+        let begins = size - u64::try_from(rest.len()).unwrap_or(size);
+        self.check_past(rest, begins, known)?;
         let mut last: Option<(Link, &[u8])> = None;
         while let Some(feed) = line_feed(rest) {
             let line = &rest[..feed];
@@ -329,6 +409,30 @@ impl Log {
             self.link = link;
         }
         Ok(rest.to_vec())
+    }
+
+    /// What is behind `known` goes on from it, where the end of the log, which begins at byte `begins`, does not show it.
+    fn check_past(&self, end: &[u8], begins: u64, known: Option<Link>) -> Result<(), AuditError> {
+        let first = line_feed(end).and_then(|feed| parse(&end[..feed]).ok());
+        let (Some(known), Some(first)) = (known, first) else { return Ok(()) };
+        if first.seq <= known.seq {
+            return Ok(());
+        }
+        let before = Link { seq: first.seq - 1, hash: first.prev };
+        match trace(&self.file, begins, before, known) {
+            Ok(Past::Known) => Ok(()),
+            Ok(Past::Before { first }) => {
+                tracing::warn!(
+                    "The audit log {} begins with record {first}; record {}, up to which the database knows it, is in a \
+                     file that was moved away. Check both: kmsctl audit verify.",
+                    self.path.display(),
+                    known.seq
+                );
+                Ok(())
+            }
+            Ok(Past::Other(what)) => Err(self.broken(what)),
+            Err(cause) => Err(open_error(&self.path, cause)),
+        }
     }
 
     /// Two servers must not continue one chain, each from where it left it.
@@ -404,7 +508,7 @@ impl Log {
             bytes.extend_from_slice(&line);
             links.push(next);
         }
-        let written = self.file.write_all(&bytes).and_then(|()| self.file.sync_data());
+        let written = self.file.write_all(&bytes).and_then(|()| self.disk.sync(&self.file));
         if let Err(cause) = written {
             // Where the disk refuses even this, the next opening finds the torn line.
             let _ = self.file.set_len(self.len).and_then(|()| self.file.sync_data());
@@ -447,6 +551,7 @@ impl Entry {
             at: at.format(&Rfc3339).map_err(io::Error::other)?.into(),
             action: record.action.into(),
             outcome: match record.outcome {
+                Outcome::Begun => BEGUN.into(),
                 Outcome::Done => DONE.into(),
                 Outcome::Refused(code) => code.into(),
             },
@@ -456,6 +561,8 @@ impl Entry {
             target: record.target,
             version: record.version,
             correlation: record.correlation.as_deref().map(Into::into),
+            peer: record.peer.map(|peer| peer.to_string().into()),
+            count: record.count,
         }))
     }
 }

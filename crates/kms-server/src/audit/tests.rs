@@ -1,9 +1,13 @@
 //! The log as its users and its enemies see it: crashes, full disks, other hands on the file.
 
 use super::*;
+use crate::limits::{self, TooMuch};
+use crate::metrics::{Metrics, Snapshot};
+use kms_core::audit::{Content, parse};
 use kms_core::clock::ManualClock;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::sync::Condvar;
 use tempfile::TempDir;
 
 /// A clock that is behind this has been set back.
@@ -70,6 +74,8 @@ fn record() -> Record {
         target: Some(Uuid::from_u128(3)),
         version: Some(Uuid::from_u128(4)),
         correlation: Some("request".into()),
+        peer: None,
+        count: None,
     }
 }
 
@@ -329,6 +335,158 @@ async fn a_log_goes_on_from_where_the_database_knows_it_to_have_been() {
     assert_eq!(check(&place.bytes(), head), audit.head());
     let text = String::from_utf8(place.bytes()).unwrap();
     assert!(text.lines().next().unwrap().contains("\"action\":\"audit_file_missing\""), "{text}");
+}
+
+/// The lines from number `from` on, the first of them with another caller, and every hash after it made to fit.
+fn rewritten(log: &[u8], from: usize) -> Vec<u8> {
+    let (mut bytes, mut link) = (Vec::new(), Link::start());
+    for (number, line) in (1..).zip(log.split_inclusive(|byte| *byte == b'\n')) {
+        let Content::Event(mut event) = parse(&line[..line.len() - 1]).unwrap().content else {
+            panic!("no anchor was written")
+        };
+        if number == from {
+            event.caller = Some("iam-ServiceId-8".into());
+        }
+        let (line, next) = link.extend(&Content::Event(event)).unwrap();
+        bytes.extend(line);
+        link = next;
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn a_log_that_was_computed_anew_far_behind_its_last_anchor_is_not_continued() {
+    let place = Place::new();
+    let audit = Arc::new(place.open().unwrap());
+    write_at_once(&audit, 3000).await;
+    drop(audit);
+    let whole = place.bytes();
+    let lines: Vec<&[u8]> = whole.split_inclusive(|byte| *byte == b'\n').collect();
+    let known = check(&lines[..100].concat(), Link::start());
+    let behind = lines[100..].concat().len();
+    assert!(behind > 3 * 256 * 1024, "blocks are read until the anchor: {behind} bytes");
+    let open = |log: &[u8]| {
+        fs::write(&place.path, log).unwrap();
+        let opened = Audit::open(&place.path, "a", Some(known), Arc::new(ManualClock::new()));
+        assert_eq!(
+            place.bytes(),
+            log,
+            "what is refused is evidence, and what is sound needs no word"
+        );
+        opened.map(|audit| audit.head().seq).map_err(|why| why.to_string())
+    };
+    let refused = |log: &[u8], why: &str| {
+        let said = open(log).unwrap_err();
+        assert!(said.contains(why), "{said}");
+    };
+    assert_eq!(open(&whole), Ok(3000));
+    for from in [1, 50, 100] {
+        refused(&rewritten(&whole, from), "record 100 is not the one written");
+    }
+    // What is behind the last anchor nothing proves but the chain.
+    assert_eq!(open(&rewritten(&whole, 101)), Ok(3000));
+    // Not computed anew: a line changed, dropped, or made into none, far from the end.
+    let changed = [&rewritten(&whole, 500)[..lines[..500].concat().len()], &lines[500..].concat()];
+    refused(&changed.concat(), "record 501 does not follow");
+    refused(&[&lines[..99], &lines[100..]].concat().concat(), "record 101 does not follow");
+    refused(
+        &[&lines[..200], &[&b"junk\n"[..]], &lines[200..]].concat().concat(),
+        "no audit record",
+    );
+    let long = vec![b'x'; 600 * 1024];
+    refused(
+        &[&lines[..200], &[&long[..], b"\n"], &lines[200..]].concat().concat(),
+        "no whole line",
+    );
+    // The record of the anchor is the last of the file that was moved away: the first line here names its hash.
+    assert_eq!(open(&lines[100..].concat()), Ok(3000));
+    let forged = rewritten(&whole, 100);
+    let forged: Vec<&[u8]> = forged.split_inclusive(|byte| *byte == b'\n').collect();
+    refused(&forged[100..].concat(), "record 100 is not the one written");
+    // It is deeper in that file: only both files together show it.
+    assert_eq!(open(&lines[200..].concat()), Ok(3000));
+}
+
+/// A clock that stops whoever writes to the disk between two looks at it, as a disk that hangs does.
+#[derive(Debug)]
+struct Hanging {
+    clock: ManualClock,
+    hangs: Mutex<bool>,
+    goes_on: Condvar,
+}
+
+impl Hanging {
+    fn set(&self, hangs: bool) {
+        *self.hangs.lock().unwrap() = hangs;
+        self.goes_on.notify_all();
+    }
+}
+
+impl Clock for Hanging {
+    fn now(&self) -> Duration {
+        if std::thread::current().name() == Some("audit") {
+            drop(self.goes_on.wait_while(self.hangs.lock().unwrap(), |hangs| *hangs).unwrap());
+        }
+        self.clock.now()
+    }
+
+    fn wall(&self) -> std::time::SystemTime {
+        self.clock.wall()
+    }
+}
+
+#[tokio::test]
+async fn how_many_records_wait_for_the_disk_and_how_long_is_shown_while_they_do() {
+    let place = Place::new();
+    let clock = Arc::new(Hanging {
+        clock: ManualClock::new(),
+        hangs: Mutex::new(false),
+        goes_on: Condvar::new(),
+    });
+    let audit = Arc::new(Audit::open(&place.path, "a", None, clock.clone()).unwrap());
+    let metrics = Metrics::new();
+    audit.show_sync_times(metrics.audit_sync_seconds());
+    audit.record(record()).await.unwrap();
+    assert_eq!(audit.lag(), Lag { unanchored: 1, ..Lag::default() });
+
+    clock.set(true);
+    let mut writers = tokio::task::JoinSet::new();
+    for waiting in 1..=3 {
+        let writer = audit.clone();
+        writers.spawn(async move { writer.record(record()).await });
+        while audit.lag().waiting < waiting {
+            tokio::task::yield_now().await;
+        }
+        clock.clock.advance(Duration::from_secs(2));
+    }
+    let hanging = Lag { waiting: 3, oldest: Duration::from_secs(6), unanchored: 1 };
+    assert_eq!(audit.lag(), hanging, "the oldest of those that are at work and those that wait");
+    let snapshot = Snapshot {
+        connections: 0,
+        requests: 0,
+        limits: limits::Settings::default(),
+        refused: TooMuch::ALL.map(|limit| (limit, 0)),
+        audit_syncs: audit.syncs(),
+        audit: audit.lag(),
+        certificate_ends: None,
+    };
+    let shown = metrics.render(&snapshot);
+    for sample in [
+        "kms_server_audit_waiting_records 3\n",
+        "kms_server_audit_oldest_waiting_seconds 6.0\n",
+        "kms_server_audit_unanchored_records 1\n",
+        "kms_server_audit_sync_seconds_count 1\n",
+    ] {
+        assert!(shown.contains(sample), "{sample} is not in {shown}");
+    }
+
+    clock.set(false);
+    while let Some(written) = writers.join_next().await {
+        written.unwrap().unwrap();
+    }
+    assert_eq!(audit.lag(), Lag { unanchored: 4, ..Lag::default() });
+    let count = format!("kms_server_audit_sync_seconds_count {}\n", audit.syncs());
+    assert!(metrics.render(&snapshot).contains(&count), "each sync is timed");
 }
 
 #[tokio::test]

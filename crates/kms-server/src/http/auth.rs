@@ -2,12 +2,13 @@
 
 use super::problem::Problem;
 use crate::app::App;
-use crate::ops::Error;
+use crate::ops::{Error, Origin};
 use crate::policy::Caller;
 use crate::token::Bearer;
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
 use kms_api::trace::{TRACEPARENT, TraceParent};
+use std::net::SocketAddr;
 use uuid::Uuid;
 
 /// The on-premises product calls it `icp-instance`, the cloud service `Bluemix-Instance`.
@@ -30,11 +31,13 @@ pub(super) async fn caller(app: &App, headers: &HeaderMap) -> Result<Caller, Pro
 /// The instance that the request is about.
 pub(super) fn instance(headers: &HeaderMap) -> Result<Uuid, Problem> {
     let mut named = INSTANCE_HEADERS.iter().flat_map(|name| headers.get_all(*name));
-    let first =
-        named.next().and_then(|value| uuid(value.to_str().ok()?)).ok_or(Error::NoInstance)?;
+    let first = named
+        .next()
+        .and_then(|value| in_any_case(value.to_str().ok()?))
+        .ok_or(Error::NoInstance)?;
     for other in named {
         // Two different ones: whoever checked the one must not be overruled by the other.
-        if other.to_str().ok().and_then(uuid) != Some(first) {
+        if other.to_str().ok().and_then(in_any_case) != Some(first) {
             return Err(Error::NoInstance.into());
         }
     }
@@ -59,17 +62,19 @@ pub(super) fn prefers_representation(headers: &HeaderMap) -> bool {
         .any(|value| value.split([',', ';']).any(|one| one.trim() == "return=representation"))
 }
 
-/// What the caller calls this request.
+/// Whose request this is, and what the caller calls it. Of the headers that speak of others (`X-Forwarded-For`) none is
+/// believed: anybody can send them.
 #[derive(Debug)]
 pub(super) struct Names {
-    pub(super) correlation: Option<String>,
+    pub(super) origin: Origin,
     pub(super) trace: Option<TraceParent>,
 }
 
 impl Names {
-    pub(super) fn of(headers: &HeaderMap) -> Names {
+    pub(super) fn of(peer: SocketAddr, headers: &HeaderMap) -> Names {
         let trace = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
-        Names { correlation: correlation(headers), trace: trace.and_then(TraceParent::parse) }
+        let origin = Origin { peer, correlation: correlation(headers) };
+        Names { origin, trace: trace.and_then(TraceParent::parse) }
     }
 }
 
@@ -80,8 +85,16 @@ fn correlation(headers: &HeaderMap) -> Option<String> {
     (fits && text.bytes().all(|b| b.is_ascii_graphic())).then(|| text.to_owned())
 }
 
-/// A UUID in its one usual form: 32 digits and four hyphens. Others could name one thing in two ways.
+/// A UUID in the one form in which answers write it: 32 small hexadecimal digits and four hyphens. In a path another form
+/// would give one thing two names, of which somebody's filter knows one (OpenBao, CVE-2026-3605).
 pub(super) fn uuid(text: &str) -> Option<Uuid> {
+    let id = in_any_case(text)?;
+    let mut canonical = Uuid::encode_buffer();
+    (id.hyphenated().encode_lower(&mut canonical) == text).then_some(id)
+}
+
+/// In a header nothing is found by its text, so RFC 9562 holds: whoever reads it takes capitals, too.
+fn in_any_case(text: &str) -> Option<Uuid> {
     if text.len() == 36 { Uuid::try_parse(text).ok() } else { None }
 }
 

@@ -1,4 +1,5 @@
-//! The body of a request: bounded, wiped after use, and read as leniently as IBM's clients need.
+//! The body of a request: bounded in size and time, wiped after use (the buffers it came through are the TLS and HTTP
+//! libraries' own, and are not), and read as leniently as IBM's clients need.
 //!
 //! They send no content type or any, nothing, `null` or `{}` where nothing is to be said, and member names in a case
 //! of their own. What none of them does is refused: unknown members, members given twice, anything after the end.
@@ -9,10 +10,14 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Body as _;
 use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
+use std::time::Duration;
+use tokio::time::timeout;
 use zeroize::Zeroizing;
 
 /// More than any request needs: the largest is an import or a wrap of 4096 bytes with 126 strings of 255.
 const MAX_BODY: usize = 64 * 1024;
+/// How long a body may take behind its head. Who sends a byte a second holds a request's turn for no longer.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The bytes as they came. A DEK may be among them.
 pub(super) struct Body(Zeroizing<Vec<u8>>);
@@ -20,8 +25,12 @@ pub(super) struct Body(Zeroizing<Vec<u8>>);
 /// Reads the whole body, whatever its media type is said to be.
 ///
 /// # Errors
-/// `TooLarge`, or `Cut` when the connection ends first.
+/// `TooLarge`, `Slow`, or `Cut` when the connection ends first.
 pub(super) async fn read(request: Request<Incoming>) -> Result<Body, Problem> {
+    timeout(BODY_TIMEOUT, read_whole(request)).await.unwrap_or(Err(Problem::Slow))
+}
+
+async fn read_whole(request: Request<Incoming>) -> Result<Body, Problem> {
     let expected = request.body().size_hint().lower();
     // Reserved at once: a growing vector would leave copies of itself behind.
     let size = usize::try_from(expected).unwrap_or(MAX_BODY).min(MAX_BODY);

@@ -12,7 +12,7 @@ mod query;
 mod tokens;
 
 use crate::app::App;
-use crate::ops::{self, Call};
+use crate::ops::{self, Call, Origin};
 use crate::policy::{Action, Scope};
 use auth::Names;
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use problem::{Dialect, Problem};
 use query::Query;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use zeroize::Zeroizing;
@@ -90,7 +91,7 @@ struct Answer {
     status: StatusCode,
     media_type: &'static str,
     headers: HeaderMap,
-    // May hold a DEK, an API key or a token: wiped once it has been sent.
+    // May hold a DEK, an API key or a token: wiped once it has been sent. Copies that hyper and rustls make are not.
     body: Zeroizing<Vec<u8>>,
 }
 
@@ -107,8 +108,12 @@ impl Answer {
 }
 
 /// Answers one request to the key API.
-pub async fn keys(app: Arc<App>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    let names = Names::of(request.headers());
+pub async fn keys(
+    app: Arc<App>,
+    peer: SocketAddr,
+    request: Request<Incoming>,
+) -> Response<Full<Bytes>> {
+    let names = Names::of(peer, request.headers());
     let path = request.uri().path().to_owned();
     let found = KEY_PREFIXES
         .iter()
@@ -121,10 +126,7 @@ pub async fn keys(app: Arc<App>, request: Request<Incoming>) -> Response<Full<By
             None => (None, Err(Problem::NotBuilt)),
             Some((route, id)) => {
                 let asked = Asked { action: route.action, id, query: &query };
-                (
-                    Some(route.action),
-                    key_call(&app, request, &asked, names.correlation.clone()).await,
-                )
+                (Some(route.action), key_call(&app, request, &asked, names.origin.clone()).await)
             }
         },
     };
@@ -132,23 +134,26 @@ pub async fn keys(app: Arc<App>, request: Request<Incoming>) -> Response<Full<By
 }
 
 /// Answers one request to the token service.
-pub async fn tokens(app: Arc<App>, request: Request<Incoming>) -> Response<Full<Bytes>> {
-    let names = Names::of(request.headers());
+pub async fn tokens(
+    app: Arc<App>,
+    peer: SocketAddr,
+    request: Request<Incoming>,
+) -> Response<Full<Bytes>> {
+    let names = Names::of(peer, request.headers());
     let path = request.uri().path().to_owned();
     let query = Query::default();
     let began = app.clock.now();
     let result = match (request.method(), path.as_str()) {
-        (&Method::POST, "/oidc/token" | "/identity/token") => match app.limits.begin() {
-            Ok(_turn) => tokens::issue(&app, request, names.correlation.clone()).await,
-            Err(why) => Err(why.into()),
-        },
+        (&Method::POST, "/oidc/token" | "/identity/token") => {
+            tokens::issue(&app, request, names.origin.clone()).await
+        }
         (_, "/oidc/token" | "/identity/token") => Err(Problem::WrongMethod),
         (&Method::GET | &Method::HEAD, "/identity/keys") => Ok(tokens::signing_keys(&app)),
         (method, path) => match find(MANAGEMENT_ROUTES, method, path, &query) {
             None => Err(Problem::NoSuchPath),
             Some((route, id)) => {
                 let asked = Asked { action: route.action, id, query: &query };
-                management_call(&app, request, &asked, names.correlation.clone()).await
+                management_call(&app, request, &asked, names.origin.clone()).await
             }
         },
     };
@@ -167,12 +172,12 @@ async fn key_call(
     app: &App,
     request: Request<Incoming>,
     asked: &Asked<'_>,
-    correlation: Option<String>,
+    origin: Origin,
 ) -> Result<Answer, Problem> {
-    let _turn = app.limits.begin()?;
+    let _turn = app.limits.begin().await?;
     let caller = auth::caller(app, request.headers()).await?;
     let instance = auth::instance(request.headers())?;
-    let call = Call { caller, scope: Scope::Instance(instance), correlation };
+    let call = Call { caller, scope: Scope::Instance(instance), origin };
     let result = in_instance(app, &call, request, asked).await;
     settle(app, &call, asked, result).await
 }
@@ -196,11 +201,11 @@ async fn management_call(
     app: &App,
     request: Request<Incoming>,
     asked: &Asked<'_>,
-    correlation: Option<String>,
+    origin: Origin,
 ) -> Result<Answer, Problem> {
-    let _turn = app.limits.begin()?;
+    let _turn = app.limits.begin().await?;
     let caller = auth::caller(app, request.headers()).await?;
-    let call = Call { caller, scope: Scope::Everywhere, correlation };
+    let call = Call { caller, scope: Scope::Everywhere, origin };
     let result = match body::read(request).await {
         Ok(body) => manage::perform(app, &call, asked, &body).await,
         Err(problem) => Err(problem),
@@ -243,14 +248,14 @@ fn finish(
     if !answer.media_type.is_empty() {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(answer.media_type));
     }
-    if let Some(id) = names.correlation.and_then(|id| HeaderValue::try_from(id).ok()) {
+    if let Some(id) = names.origin.correlation.and_then(|id| HeaderValue::try_from(id).ok()) {
         headers.insert(HeaderName::from_static("correlation-id"), id);
     }
     response
 }
 
 fn log(dialect: Dialect, result: &Result<Answer, Problem>, names: &Names) {
-    let (what, correlation) = (dialect.name(), names.correlation.as_deref().unwrap_or("-"));
+    let (what, correlation) = (dialect.name(), names.origin.correlation.as_deref().unwrap_or("-"));
     let trace_id = || names.trace.map(|trace| tracing::field::display(trace.trace_id()));
     match result {
         Ok(answer) => {

@@ -37,6 +37,8 @@ pub(super) enum Problem {
     TooLarge,
     #[error("the request body ended too early")]
     Cut,
+    #[error("the request body took longer than 10 s")]
+    Slow,
     #[error("{0}")]
     BadBody(String),
     #[error("the request has no body")]
@@ -103,6 +105,7 @@ impl Problem {
             Problem::WrongMethod => (StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"),
             Problem::NoToken | Problem::BadToken => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED_ERR"),
             Problem::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "BAD_BODY_ERR"),
+            Problem::Slow => (StatusCode::REQUEST_TIMEOUT, "BAD_BODY_ERR"),
             Problem::Cut | Problem::BadBody(_) => (StatusCode::BAD_REQUEST, "BAD_BODY_ERR"),
             Problem::NoBody => (StatusCode::BAD_REQUEST, "NO_BODY_ERR"),
             Problem::MissingProperty(_) | Problem::UnknownGrant => {
@@ -291,8 +294,21 @@ fn phrase(action: Action) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use super::super::auth::Names;
     use super::*;
     use crate::audit::AuditError;
+    use crate::issuers::LoginError;
+    use crate::ops::Origin;
+    use crate::policy::{Caller, Credential, Scope, allow};
+    use crate::store::StoreError;
+    use kms_daemon::telemetry::{Log, LogLevel, Settings};
+    use std::collections::BTreeSet;
+    use std::io;
+    use std::net::SocketAddr;
+    use std::path::PathBuf;
+    use std::sync::{Arc, Mutex};
+    use std::time::SystemTime;
+    use uuid::Uuid;
 
     fn said(problem: Problem, dialect: Dialect) -> (u16, serde_json::Value) {
         let answer = problem.answer(dialect);
@@ -377,5 +393,136 @@ mod tests {
             assert!(status >= 500);
             assert!(!body.to_string().contains("secret detail"), "{body}");
         }
+    }
+
+    /// What an attacker would like to read: a path, a query, a code, a host.
+    const CAUSE: &str =
+        "/var/lib/kms.db: SELECT hash FROM api_keys: CKR_DEVICE_ERROR at hsm-1.internal";
+
+    /// At least one error of each kind; those that come from outside with everything in them.
+    fn every_error() -> Vec<Error> {
+        let (text, path) = (|| CAUSE.to_owned(), || PathBuf::from(CAUSE));
+        let io = || Arc::new(io::Error::other(CAUSE));
+        let vault = [
+            VaultError::NotFound,
+            VaultError::NotAuthentic,
+            VaultError::BadInput(text()),
+            VaultError::Exists,
+            VaultError::Capacity(text()),
+            VaultError::Credential(text()),
+            VaultError::Policy(text()),
+            VaultError::Unavailable { cause: text() },
+            VaultError::TimedOut,
+            VaultError::Busy,
+        ];
+        let audit = [
+            AuditError::Open { path: path(), cause: io() },
+            AuditError::InUse { path: path() },
+            AuditError::Broken { path: path(), what: text() },
+            AuditError::OtherNode { path: path(), found: text(), own: text() },
+            AuditError::Write { path: path(), cause: io() },
+            AuditError::TimedOut { path: path() },
+        ];
+        let credential = Credential::Profile(Uuid::nil());
+        let nobody = Caller { service_id: Uuid::nil(), credential, grants: Vec::new() };
+        let ours = [
+            Error::Field { name: "name", why: "is too long".into() },
+            Error::Query { name: "limit", why: "is no number".into() },
+            Error::PayloadRequired,
+            Error::PayloadUnwanted,
+            Error::NotAuthentic,
+            Error::NotBuilt("key rings"),
+            Error::Denied(allow(&nobody, Action::Wrap, Scope::Everywhere).unwrap_err()),
+            Error::NoInstance,
+            Error::KeyNotFound,
+            Error::KeyDeleted,
+            Error::KeyState,
+            Error::RotatedTooSoon { minimum: 60 },
+            Error::UsedUp,
+            Error::NotFound("policy"),
+            Error::Conflict("the name is taken".into()),
+            Error::UnknownApiKey,
+            Error::NotTrusted,
+            Error::IssuerAway(LoginError::Unavailable { issuer: text(), cause: text() }),
+            Error::Store(StoreError::Corrupt(text())),
+            Error::Store(StoreError::Unavailable(text())),
+            Error::Store(StoreError::Conflict(text())),
+        ];
+        let all = vault.map(Error::Vault).into_iter().chain(audit.map(Error::Audit)).chain(ours);
+        all.collect()
+    }
+
+    /// A number for each kind: who adds one is told here, by the compiler, to put it above.
+    fn kind(error: &Error) -> usize {
+        match error {
+            Error::Field { .. } => 0,
+            Error::Query { .. } => 1,
+            Error::PayloadRequired => 2,
+            Error::PayloadUnwanted => 3,
+            Error::NotAuthentic => 4,
+            Error::NotBuilt(_) => 5,
+            Error::Denied(_) => 6,
+            Error::NoInstance => 7,
+            Error::KeyNotFound => 8,
+            Error::KeyDeleted => 9,
+            Error::KeyState => 10,
+            Error::RotatedTooSoon { .. } => 11,
+            Error::UsedUp => 12,
+            Error::NotFound(_) => 13,
+            Error::Conflict(_) => 14,
+            Error::UnknownApiKey => 15,
+            Error::NotTrusted => 16,
+            Error::Vault(_) => 17,
+            Error::Store(_) => 18,
+            Error::Audit(_) => 19,
+            Error::IssuerAway(_) => 20,
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_cause_is_in_the_log_with_the_request_s_id_and_none_is_in_an_answer() {
+        let lines = Lines::default();
+        let wall = Arc::new(|| SystemTime::UNIX_EPOCH);
+        let settings = Settings { level: LogLevel::Info, log_all_values: false };
+        let (log, _handle) = Log::new(settings, wall, Box::new(lines.clone()));
+        let mut kinds = BTreeSet::new();
+        tracing::subscriber::with_default(log, || {
+            for (number, error) in every_error().into_iter().enumerate() {
+                kinds.insert(kind(&error));
+                // A line is JSON.
+                let cause = error.to_string().replace('"', "\\\"");
+                let id = format!("id-{number}-");
+                let peer = SocketAddr::from(([192, 0, 2, 1], 1));
+                let origin = Origin { peer, correlation: Some(id.clone()) };
+                let names = Names { origin, trace: None };
+                let problem = Problem::Op(error);
+                for dialect in [Dialect::KeyProtect(Some(Action::Wrap)), Dialect::Iam] {
+                    let body = problem.answer(dialect).body;
+                    let body = String::from_utf8_lossy(&body);
+                    for word in ["/var", "SELECT", "api_keys", "CKR_", "internal"] {
+                        assert!(!body.contains(word), "{cause}: {body}");
+                    }
+                }
+                super::super::log(Dialect::Iam, &Err(problem), &names);
+                let said =
+                    String::from_utf8(std::mem::take(&mut *lines.0.lock().unwrap())).unwrap();
+                assert!(said.contains(&id) && said.contains(&cause), "{cause} is not in: {said}");
+            }
+        });
+        assert_eq!(kinds, (0..=20).collect());
     }
 }

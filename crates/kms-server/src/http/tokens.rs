@@ -3,8 +3,9 @@
 use super::problem::Problem;
 use super::{Answer, auth, body};
 use crate::app::App;
-use crate::ops::Error;
-use crate::ops::issue_token::{Login, ProfileName, issue_token, trade_token};
+use crate::ops::issue_token::{Login, ProfileName, issue_token, record_failure, trade_token};
+use crate::ops::{Error, Origin};
+use crate::token::Issued;
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
 use kms_api::rest::{API_KEY_GRANT, CR_TOKEN_GRANT, JWT_BEARER_GRANT, TokenAnswer};
@@ -16,12 +17,19 @@ const JSON: &str = "application/json";
 pub(super) async fn issue(
     app: &App,
     request: Request<Incoming>,
-    correlation: Option<String>,
+    origin: Origin,
 ) -> Result<Answer, Problem> {
+    // The turn comes behind the body: here nobody has shown yet who they are, and slow senders would hold every turn.
     let body = body::read(request).await?;
-    let issued = match Asked::read(body.as_slice())? {
-        Asked::ApiKey(api_key) => issue_token(app, &api_key, correlation).await?,
-        Asked::Login(login) => trade_token(app, login, correlation).await?,
+    let _turn = app.limits.begin().await?;
+    let issued = match log_in(app, body.as_slice(), origin.clone()).await {
+        Ok(issued) => issued,
+        Err(problem) => {
+            if let Problem::Op(error) = &problem {
+                record_failure(app, error, problem.code(), origin).await?;
+            }
+            return Err(problem);
+        }
     };
     let answer = TokenAnswer {
         access_token: issued.token,
@@ -32,6 +40,13 @@ pub(super) async fn issue(
         scope: "ibm openid".into(),
     };
     Ok(Answer::json(StatusCode::OK, JSON, &answer))
+}
+
+async fn log_in(app: &App, body: &[u8], origin: Origin) -> Result<Issued, Problem> {
+    Ok(match Asked::read(body)? {
+        Asked::ApiKey(api_key) => issue_token(app, &api_key, origin).await?,
+        Asked::Login(login) => trade_token(app, login, origin).await?,
+    })
 }
 
 pub(super) fn signing_keys(app: &App) -> Answer {

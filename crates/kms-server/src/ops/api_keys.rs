@@ -2,7 +2,7 @@
 
 use super::issue_token::hash;
 use super::service_ids::{managed, managed_one};
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, announce, record};
 use crate::app::App;
 use crate::policy::Action;
 use crate::store::{ApiKey, NewSecret};
@@ -44,8 +44,9 @@ pub async fn create_api_key(
     let text = random_api_key(&*app.vault).await?;
     let id = random_uuid(&*app.vault).await?;
     let key = ApiKey::new(id, owner.id, name, app.now());
+    announce(app, call, Action::CreateApiKey, Subject::of(id)).await?;
     app.store.add_api_key(&key, &hash(&text)).await?;
-    record(app, call, Action::CreateApiKey, subject(id)).await?;
+    record(app, call, Action::CreateApiKey, Subject::of(id)).await?;
     Ok((key, text))
 }
 
@@ -55,10 +56,11 @@ pub async fn create_api_key(
 /// `Denied`, `NotFound`, `Conflict` when it is locked already, and those of database and audit log.
 pub async fn lock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
     let key = managed_key(app, call, Action::LockApiKey, id).await?;
+    announce(app, call, Action::LockApiKey, Subject::of(id)).await?;
     if !app.store.lock_api_key(key.id, Some(app.now())).await? {
         return Err(Error::Conflict("the API key is locked already".into()));
     }
-    record(app, call, Action::LockApiKey, subject(id)).await
+    record(app, call, Action::LockApiKey, Subject::of(id)).await
 }
 
 /// Makes a locked API key good again, with those of its tokens that have not expired.
@@ -67,10 +69,11 @@ pub async fn lock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error>
 /// `Denied`, `NotFound`, `Conflict` when it is not locked, and those of database and audit log.
 pub async fn unlock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
     let key = managed_key(app, call, Action::UnlockApiKey, id).await?;
+    announce(app, call, Action::UnlockApiKey, Subject::of(id)).await?;
     if !app.store.lock_api_key(key.id, None).await? {
         return Err(Error::Conflict("the API key is not locked".into()));
     }
-    record(app, call, Action::UnlockApiKey, subject(id)).await
+    record(app, call, Action::UnlockApiKey, Subject::of(id)).await
 }
 
 /// A new secret under the same id. The one before, with all tokens that it got, ends when `overlap` is over, and those
@@ -89,10 +92,11 @@ pub async fn rotate_api_key(
     let (text, at) = (random_api_key(&*app.vault).await?, app.now());
     let old_until = (!overlap.is_zero()).then(|| at + overlap);
     let new = NewSecret { hash: hash(&text), at, old_until };
+    announce(app, call, Action::RotateApiKey, Subject::of(id)).await?;
     if !app.store.rotate_api_key(id, &new).await? {
         return Err(Error::NotFound("API key"));
     }
-    record(app, call, Action::RotateApiKey, subject(id)).await?;
+    record(app, call, Action::RotateApiKey, Subject::of(id)).await?;
     Ok((ApiKey { rotated_at: Some(at), ..key }, text))
 }
 
@@ -102,10 +106,11 @@ pub async fn rotate_api_key(
 /// `Denied`, `NotFound`, and those of database and audit log.
 pub async fn revoke_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
     managed_key(app, call, Action::DeleteApiKey, id).await?;
+    announce(app, call, Action::DeleteApiKey, Subject::of(id)).await?;
     if !app.store.revoke_api_key(id, app.now()).await? {
         return Err(Error::NotFound("API key"));
     }
-    record(app, call, Action::DeleteApiKey, subject(id)).await
+    record(app, call, Action::DeleteApiKey, Subject::of(id)).await
 }
 
 /// The text of a new API key.
@@ -124,8 +129,4 @@ async fn managed_key(app: &App, call: &Call, action: Action, id: Uuid) -> Result
     found
         .filter(|key| mine.iter().any(|one| one.id == key.service_id))
         .ok_or(Error::NotFound("API key"))
-}
-
-fn subject(api_key: Uuid) -> Subject {
-    Subject { target: Some(api_key), version: None }
 }

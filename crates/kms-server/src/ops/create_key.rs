@@ -1,7 +1,7 @@
 //! Makes a CRK: its row first, then its key in the HSM, then both become visible. A crash in between leaves something
 //! that has a name, is invisible, and is reported at the next start.
 
-use super::{Call, Error, Subject, keep_check_value, record};
+use super::{Call, Error, Subject, announce, keep_check_value, record};
 use crate::app::App;
 use crate::policy::Action;
 use crate::store::{Key, KeyState, NewKey, Version};
@@ -21,7 +21,7 @@ pub struct Description {
 /// `Denied`, and those of HSM, database and audit log.
 pub async fn create_key(app: &App, call: &Call, asked: Description) -> Result<Key, Error> {
     call.allow(Action::CreateKey)?;
-    let key = begin(app, call, asked, false).await?;
+    let key = begin(app, call, Action::CreateKey, asked).await?;
     app.vault.create_version(key.version.id).await?;
     keep_check_value(app, key.version.id).await?;
     app.store.activate_key(key.id, key.version.id).await?;
@@ -29,12 +29,12 @@ pub async fn create_key(app: &App, call: &Call, asked: Description) -> Result<Ke
     Ok(key)
 }
 
-/// Writes the pending row, and returns the key as it will be.
+/// Announces it, writes the pending row, and returns the key as it will be.
 pub(super) async fn begin(
     app: &App,
     call: &Call,
+    action: Action,
     asked: Description,
-    imported: bool,
 ) -> Result<Key, Error> {
     let new = NewKey {
         id: random_uuid(&*app.vault).await?,
@@ -42,12 +42,14 @@ pub(super) async fn begin(
         name: asked.name,
         description: asked.description,
         tags: asked.tags,
-        imported,
+        imported: action == Action::ImportKey,
         expires_at: asked.expires_at,
         created_at: app.now(),
         created_by: call.caller.iam_id(),
         version: random_uuid(&*app.vault).await?,
     };
+    let subject = Subject { target: Some(new.id), version: Some(new.version) };
+    announce(app, call, action, subject).await?;
     app.store.begin_key(&new).await?;
     Ok(Key {
         id: new.id,

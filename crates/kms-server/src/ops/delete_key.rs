@@ -1,7 +1,7 @@
 //! Marks a CRK as destroyed: from then on nothing is wrapped or unwrapped with it. Its versions stay in the HSM;
 //! nothing here removes key material.
 
-use super::{Call, Error, Subject, living_key, record};
+use super::{Call, Error, Subject, announce, living_key, record};
 use crate::app::App;
 use crate::policy::Action;
 use crate::store::Key;
@@ -15,6 +15,7 @@ pub async fn delete_key(app: &App, call: &Call, key: Uuid) -> Result<Key, Error>
     call.allow_key(Action::DeleteKey, key)?;
     let _gate = app.gates.change(key).await;
     let key = living_key(app, call, key).await?;
+    announce(app, call, Action::DeleteKey, Subject::key(&key)).await?;
     let by = call.caller.iam_id();
     if !app.store.delete_key(key.instance, key.id, app.now(), &by).await? {
         // Somebody else was faster.

@@ -17,7 +17,7 @@ pub async fn import_key(
 ) -> Result<Key, Error> {
     call.allow(Action::ImportKey)?;
     check_length(&material)?;
-    let key = begin(app, call, asked, true).await?;
+    let key = begin(app, call, Action::ImportKey, asked).await?;
     app.vault.import_version(key.version.id, material).await?;
     keep_check_value(app, key.version.id).await?;
     app.store.activate_key(key.id, key.version.id).await?;

@@ -1,6 +1,6 @@
 //! Instances: the groups of keys of one tenant each.
 
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, announce, record};
 use crate::app::App;
 use crate::policy::{self, Action, Scope};
 use crate::store::Instance;
@@ -24,8 +24,9 @@ pub async fn list_instances(app: &App, call: &Call) -> Result<Vec<Instance>, Err
 pub async fn create_instance(app: &App, call: &Call, name: String) -> Result<Instance, Error> {
     call.at(Scope::Everywhere).allow(Action::CreateInstance)?;
     let instance = Instance { id: random_uuid(&*app.vault).await?, name, created_at: app.now() };
+    let there = call.at(Scope::Instance(instance.id));
+    announce(app, &there, Action::CreateInstance, Subject::default()).await?;
     app.store.add_instance(&instance).await?;
-    record(app, &call.at(Scope::Instance(instance.id)), Action::CreateInstance, Subject::default())
-        .await?;
+    record(app, &there, Action::CreateInstance, Subject::default()).await?;
     Ok(instance)
 }

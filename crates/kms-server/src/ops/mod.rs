@@ -1,5 +1,6 @@
 //! What the server does, one verb in one file. Each reads the same way: the policy allows, the store knows, the vault
-//! does, the audit record is durable, the answer goes out. Nothing here knows HTTP or JSON.
+//! does, the audit record is durable, the answer goes out. A verb that changes something writes a record before, too.
+//! Nothing here knows HTTP or JSON.
 
 pub mod api_keys;
 pub mod create_key;
@@ -24,6 +25,7 @@ use crate::issuers::LoginError;
 use crate::policy::{self, Action, Caller, Denied, Scope};
 use crate::store::{Key, KeyState, StoreError};
 use kms_hsm::VaultError;
+use std::net::SocketAddr;
 use uuid::Uuid;
 
 /// A call by somebody whose token was good, before it is known what they may do.
@@ -32,6 +34,15 @@ pub struct Call {
     pub caller: Caller,
     /// Where: the instance named in the request, or the whole server.
     pub scope: Scope,
+    pub origin: Origin,
+}
+
+/// Where a call comes from, as its record says it.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// The other end of the connection. Behind a proxy that is the proxy: what a header says of others is a claim.
+    pub peer: SocketAddr,
+    /// The caller's own name for the call.
     pub correlation: Option<String>,
 }
 
@@ -157,6 +168,10 @@ struct Subject {
 }
 
 impl Subject {
+    fn of(target: Uuid) -> Subject {
+        Subject { target: Some(target), version: None }
+    }
+
     fn key(key: &Key) -> Subject {
         Subject { target: Some(key.id), version: Some(key.version.id) }
     }
@@ -165,6 +180,15 @@ impl Subject {
 /// Writes that `action` was done. Every operation ends with it.
 async fn record(app: &App, call: &Call, action: Action, subject: Subject) -> Result<(), Error> {
     write(app, call, action, subject, Outcome::Done).await
+}
+
+/// Writes that `action` is about to be done. What changes anything begins with it: else whoever fills the disk of the log
+/// first could give themselves rights, or destroy keys, without a trace; and so could a crash before the last record.
+///
+/// # Errors
+/// When the record cannot be written: then nothing is changed.
+async fn announce(app: &App, call: &Call, action: Action, subject: Subject) -> Result<(), Error> {
+    write(app, call, action, subject, Outcome::Begun).await
 }
 
 /// Writes that `action` was refused with reason `code`.
@@ -197,7 +221,9 @@ async fn write(
         instance: call.scope.instance(),
         target: subject.target,
         version: subject.version,
-        correlation: call.correlation.clone(),
+        correlation: call.origin.correlation.clone(),
+        peer: Some(call.origin.peer),
+        count: None,
     };
     durable(app, record).await
 }

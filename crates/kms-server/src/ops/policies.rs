@@ -2,7 +2,7 @@
 //! is so from the next call on.
 
 use super::service_ids::{managed, managed_one};
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, announce, record};
 use crate::app::App;
 use crate::policy::{self, Action, Grant, Scope};
 use crate::store::Policy;
@@ -34,8 +34,9 @@ pub async fn create_policy(
     check_key(app, grant.scope).await?;
     let (id, created_at) = (random_uuid(&*app.vault).await?, app.now());
     let policy = Policy { id, service_id: owner.id, grant, created_at };
+    announce(app, &there, Action::CreatePolicy, Subject::of(id)).await?;
     app.store.add_policy(&policy).await?;
-    record(app, &there, Action::CreatePolicy, Subject { target: Some(id), version: None }).await?;
+    record(app, &there, Action::CreatePolicy, Subject::of(id)).await?;
     Ok(policy)
 }
 
@@ -47,11 +48,12 @@ pub async fn delete_policy(app: &App, call: &Call, id: Uuid) -> Result<(), Error
     let mine = managed(app, call, Action::DeletePolicy).await?;
     let found = mine.iter().flat_map(|one| &one.policies).find(|policy| policy.id == id);
     let scope = found.ok_or(Error::NotFound("policy"))?.grant.scope;
+    let there = call.at(scope);
+    announce(app, &there, Action::DeletePolicy, Subject::of(id)).await?;
     if !app.store.remove_policy(id).await? {
         return Err(Error::NotFound("policy"));
     }
-    let subject = Subject { target: Some(id), version: None };
-    record(app, &call.at(scope), Action::DeletePolicy, subject).await
+    record(app, &there, Action::DeletePolicy, Subject::of(id)).await
 }
 
 /// A right for a key that is not there would come to life with whatever gets its id.

@@ -1,7 +1,7 @@
 //! Trusted profiles: whose tokens of another issuer speak for which service ID. A profile has no secret of its own.
 
 use super::service_ids::{managed, managed_one};
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, announce, record};
 use crate::app::App;
 use crate::policy::Action;
 use crate::store::Profile;
@@ -47,8 +47,9 @@ pub async fn create_profile(app: &App, call: &Call, asked: NewProfile) -> Result
         subject: asked.subject,
         created_at: app.now(),
     };
+    let subject = Subject::of(profile.id);
+    announce(app, call, Action::CreateProfile, subject).await?;
     app.store.add_profile(&profile).await?;
-    let subject = Subject { target: Some(profile.id), version: None };
     record(app, call, Action::CreateProfile, subject).await?;
     Ok(profile)
 }
@@ -61,9 +62,12 @@ pub async fn delete_profile(app: &App, call: &Call, id: Uuid) -> Result<(), Erro
     let mine = managed(app, call, Action::DeleteProfile).await?;
     let profiles = app.store.profiles().await?;
     let managed = |profile: &&Profile| mine.iter().any(|one| one.id == profile.service_id);
-    let found = profiles.iter().filter(managed).any(|profile| profile.id == id);
-    if !found || !app.store.remove_profile(id).await? {
+    if !profiles.iter().filter(managed).any(|profile| profile.id == id) {
         return Err(Error::NotFound("profile"));
     }
-    record(app, call, Action::DeleteProfile, Subject { target: Some(id), version: None }).await
+    announce(app, call, Action::DeleteProfile, Subject::of(id)).await?;
+    if !app.store.remove_profile(id).await? {
+        return Err(Error::NotFound("profile"));
+    }
+    record(app, call, Action::DeleteProfile, Subject::of(id)).await
 }

@@ -1,7 +1,7 @@
 //! Service IDs: who may do what. Nobody gives a right that reaches further than their own.
 
 use super::policies::check_key;
-use super::{Call, Error, Subject, record};
+use super::{Call, Error, Subject, announce, record};
 use crate::app::App;
 use crate::policy::{self, Action, Grant, Scope};
 use crate::store::ServiceId;
@@ -43,8 +43,9 @@ pub async fn create_service_id(
         description: asked.description,
         ..ServiceId::with(id, asked.name, asked.grant, app.now())
     };
+    let subject = Subject::of(service_id.id);
+    announce(app, &there, Action::CreateServiceId, subject).await?;
     app.store.add_service_id(&service_id).await?;
-    let subject = Subject { target: Some(service_id.id), version: None };
     record(app, &there, Action::CreateServiceId, subject).await?;
     Ok(service_id)
 }

@@ -10,7 +10,7 @@ use crate::policy::Action;
 use crate::store::{Key, KeyState, Version};
 use kms_core::secret::SecretBytes;
 use kms_core::wdek::{Wdek, WdekVersion};
-use kms_hsm::{Sealed, VaultError, Wrapped};
+use kms_hsm::{Sealed, Vault, VaultError, Wrapped};
 use uuid::Uuid;
 
 #[derive(Debug)]
@@ -25,7 +25,7 @@ pub struct Unwrapped {
     pub plaintext: SecretBytes,
     /// The version that had wrapped it.
     pub version: Version,
-    /// The same DEK under the active version, where that is a newer one.
+    /// The same DEK under the active version, where that is a newer one and can wrap.
     pub rewrapped: Option<(String, Version)>,
 }
 
@@ -38,7 +38,7 @@ pub async fn unwrap(app: &App, call: &Call, asked: Unwrap) -> Result<Unwrapped, 
 
     let key = opening_key(app, call, asked.key).await?;
     let (plaintext, version) = open(app, &key, &asked).await?;
-    let rewrapped = rewrap(app, &key, &version, &plaintext, &asked.aad).await?;
+    let rewrapped = rewrap(app, &key, &version, &plaintext, &asked.aad).await;
     let subject = Subject { target: Some(key.id), version: Some(version.id) };
     record(app, call, Action::Unwrap, subject).await?;
     Ok(Unwrapped { plaintext, version, rewrapped })
@@ -52,7 +52,7 @@ async fn open(app: &App, key: &Key, asked: &Unwrap) -> Result<(SecretBytes, Vers
     let mut missing = None;
     for version in candidates(app, key, wdek.handle).await? {
         let context = mac_context(key, version.id, &asked.aad);
-        match open_with(app, version.id, &context, &wdek).await {
+        match open_with(&*app.vault, version.id, &context, &wdek).await {
             Ok(plaintext) => return Ok((plaintext, version)),
             Err(VaultError::NotAuthentic | VaultError::BadInput(_)) => {}
             // The HSM lost a version that the store knows, or holds another key in its place. Another version may
@@ -64,18 +64,18 @@ async fn open(app: &App, key: &Key, asked: &Unwrap) -> Result<(SecretBytes, Vers
     Err(missing.map_or(Error::NotAuthentic, Error::Vault))
 }
 
-async fn open_with(
-    app: &App,
+pub(crate) async fn open_with(
+    vault: &dyn Vault,
     version: Uuid,
     context: &[u8],
     wdek: &Wdek,
 ) -> Result<SecretBytes, VaultError> {
     let (iv, ciphertext) = (wdek.iv.clone(), wdek.ciphertext.clone());
     if wdek.version == WdekVersion::V4_0_0 {
-        return app.vault.unwrap_gcm(version, context, Sealed { iv, ciphertext }).await;
+        return vault.unwrap_gcm(version, context, Sealed { iv, ciphertext }).await;
     }
     let hash = wdek.hash.clone();
-    app.vault.unwrap(version, context, Wrapped { iv, ciphertext, hash }).await
+    vault.unwrap(version, context, Wrapped { iv, ciphertext, hash }).await
 }
 
 /// A handle names the version; without one, all of the key's own versions are tried, newest first.
@@ -91,16 +91,27 @@ async fn candidates(app: &App, key: &Key, handle: Option<Uuid>) -> Result<Vec<Ve
     Ok(versions)
 }
 
+/// A courtesy, not what was asked for: old data must open although the active version is lost or used up.
 async fn rewrap(
     app: &App,
     key: &Key,
     from: &Version,
     plaintext: &SecretBytes,
     aad: &[String],
-) -> Result<Option<(String, Version)>, Error> {
+) -> Option<(String, Version)> {
     if from.id == key.version.id || key.state(app.now()) != KeyState::Active {
-        return Ok(None);
+        return None;
     }
-    let ciphertext = wrap_with(app, key, plaintext.clone(), aad).await?;
-    Ok(Some((ciphertext, key.version.clone())))
+    match wrap_with(app, key, plaintext.clone(), aad).await {
+        Ok(ciphertext) => Some((ciphertext, key.version.clone())),
+        Err(cause) => {
+            app.metrics.rewrap_failed();
+            tracing::warn!(
+                "A DEK was unwrapped and not wrapped by the active version {} of key {}: {cause}",
+                key.version.id,
+                key.id
+            );
+            None
+        }
+    }
 }

@@ -6,7 +6,7 @@ use crate::policy::Action;
 use crate::store::{Key, Version};
 use kms_core::secret::SecretBytes;
 use kms_core::wdek::{self, Wdek, WdekVersion};
-use kms_hsm::Sealed;
+use kms_hsm::{Sealed, VaultError};
 use uuid::Uuid;
 
 /// The length of a DEK that the HSM makes.
@@ -62,8 +62,7 @@ pub(super) async fn wrap_with(
     let context = mac_context(key, version, aad);
     let format = app.settings.wdek_version;
     let wdek = if format == WdekVersion::V4_0_0 {
-        app.uses.take(&*app.store, version).await?;
-        let Sealed { iv, ciphertext } = app.vault.wrap_gcm(version, &context, dek).await?;
+        let Sealed { iv, ciphertext } = seal(app, version, &context, dek).await?;
         Wdek { version: format, ciphertext, hash: Vec::new(), iv, handle: Some(version) }
     } else {
         let kms_hsm::Wrapped { iv, ciphertext, hash } =
@@ -72,6 +71,18 @@ pub(super) async fn wrap_with(
         Wdek { version: format, ciphertext, hash, iv, handle }
     };
     Ok(wdek.encode())
+}
+
+/// The vault does not repeat this by itself where sessions or the HSM's library are lost in the middle: the key may have
+/// been used all the same, and each use is counted before.
+async fn seal(app: &App, version: Uuid, context: &[u8], dek: SecretBytes) -> Result<Sealed, Error> {
+    app.uses.take(&*app.store, version).await?;
+    match app.vault.wrap_gcm(version, context, dek.clone()).await {
+        Err(VaultError::Unavailable { .. }) => {}
+        done => return Ok(done?),
+    }
+    app.uses.take(&*app.store, version).await?;
+    Ok(app.vault.wrap_gcm(version, context, dek).await?)
 }
 
 /// What a WDEK of `key` is bound to, besides its own bytes.

@@ -166,3 +166,38 @@ fn pitfall_09_each_action_has_its_own_permission() {
     let wanted: Vec<_> = snapshot.map(|(name, roles)| (name, roles.to_owned())).to_vec();
     assert_eq!(found, wanted);
 }
+
+/// `docs/access.md`: the roles stand in the head of its first table, the actions in code style in the first column.
+#[test]
+fn pitfall_09_the_documents_say_what_each_role_may() {
+    const DOCUMENT: &str =
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/access.md"));
+    let cells = |line: &'static str| line.trim_matches('|').split('|').map(str::trim);
+    let mut lines = DOCUMENT.lines().skip_while(|line| !line.starts_with("| may |"));
+    let roles: Vec<Vec<&str>> =
+        cells(lines.next().unwrap()).skip(1).map(|cell| cell.split(", ").collect()).collect();
+    let named: BTreeSet<_> = roles.iter().flatten().copied().collect();
+    assert_eq!(named, Role::ALL.map(Role::name).into());
+    let mut told = Vec::new();
+    for line in lines.skip(1).take_while(|line| line.starts_with('|')) {
+        let mut cells = cells(line);
+        let actions: Vec<_> = cells.next().unwrap().split('`').skip(1).step_by(2).collect();
+        let yes: Vec<_> = cells.map(|cell| cell == "yes").collect();
+        assert_eq!(yes.len(), roles.len(), "{line}");
+        for name in actions {
+            let action = Action::ALL.iter().find(|action| action.name() == name).copied();
+            let action = action.unwrap_or_else(|| panic!("there is no action {name}"));
+            for (roles, &yes) in roles.iter().zip(&yes) {
+                for role in roles {
+                    let role = Role::parse(role).unwrap();
+                    assert_eq!(permits(role, action), yes, "{role:?} and {name}");
+                }
+            }
+            told.push(name);
+        }
+    }
+    told.sort_unstable();
+    let mut all: Vec<_> = Action::ALL.iter().map(|action| action.name()).collect();
+    all.sort_unstable();
+    assert_eq!(told, all, "each action once");
+}

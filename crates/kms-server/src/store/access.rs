@@ -22,6 +22,9 @@ pub trait Access: Send + Sync + Debug {
     /// `Conflict` when service ID, instance or key does not exist.
     async fn add_policy(&self, policy: &Policy) -> Result<(), StoreError>;
     /// False when there is no such policy.
+    ///
+    /// # Errors
+    /// `Conflict` for the last one that lets anybody manage the whole server.
     async fn remove_policy(&self, id: Uuid) -> Result<bool, StoreError>;
 
     /// # Errors

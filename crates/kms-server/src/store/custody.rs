@@ -12,14 +12,31 @@ use uuid::Uuid;
 pub trait Custody: Send + Sync + Debug {
     /// Every version of every key, pending ones too: what the HSM is compared with.
     async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError>;
+    /// The most uses with AES-GCM that are reserved of one version that wraps: those before it, and those of keys that
+    /// are gone, are used up no further.
+    async fn most_gcm_uses(&self) -> Result<u64, StoreError>;
     /// Keeps the check value of `version`, for good.
     ///
     /// # Errors
     /// `Conflict` when there is no such version, or it has another check value.
     async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError>;
+    /// Adds a version behind all others of its key, visible and never the one that wraps.
+    ///
+    /// # Errors
+    /// `Conflict` when the key does not exist or is pending, or the version is known.
+    async fn adopt_version(&self, adopted: &Adopted) -> Result<(), StoreError>;
     /// The serial number of the token in which the versions were seen last.
     async fn token_serial(&self) -> Result<Option<String>, StoreError>;
     async fn keep_token_serial(&self, serial: &str) -> Result<(), StoreError>;
+}
+
+/// A version that the HSM holds and the store did not know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Adopted {
+    pub key: Uuid,
+    pub version: Uuid,
+    pub check_value: CheckValue,
+    pub at: OffsetDateTime,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,8 +10,8 @@ mod sqlite;
 mod trail;
 
 pub use access::{Access, ApiKey, ApiKeyHash, NewSecret, Policy, Profile, ServiceId};
-pub use custody::{Custody, KnownVersion};
-pub use sqlite::SqliteStore;
+pub use custody::{Adopted, Custody, KnownVersion};
+pub use sqlite::{SqliteStore, sides};
 pub use trail::Trail;
 
 use crate::policy::Reach;
@@ -36,6 +36,8 @@ pub trait Store: Access + Trail + Custody {
     async fn initialise(&self, first: &FirstContent) -> Result<(), StoreError>;
     /// The key that signs tokens, `None` before [`Store::initialise`].
     async fn signing_key(&self) -> Result<Option<SigningKey>, StoreError>;
+    /// Puts a newer one in its place; the one before is kept.
+    async fn add_signing_key(&self, key: &SigningKey) -> Result<(), StoreError>;
 
     /// # Errors
     /// `Conflict` when the name is taken.
@@ -52,21 +54,30 @@ pub trait Store: Access + Trail + Custody {
     async fn activate_key(&self, key: Uuid, version: Uuid) -> Result<(), StoreError>;
     /// Notes that `version` of `key` is about to be made.
     async fn begin_version(&self, key: Uuid, version: &Version) -> Result<(), StoreError>;
-    /// Makes a pending version the one that wraps.
+    /// Makes a pending version the one that wraps, unless the key was rotated after `unless_since`, by whatever server.
     ///
     /// # Errors
-    /// `Conflict` when it is not pending, or its key is no longer active.
+    /// `Conflict` when it is not pending, or its key is no longer active or was rotated.
     async fn activate_version(
         &self,
         key: Uuid,
         version: Uuid,
         at: OffsetDateTime,
+        unless_since: Option<OffsetDateTime>,
     ) -> Result<(), StoreError>;
-    /// Adds `uses` to how often `version` may have been used with AES-GCM, by all servers, and returns the sum.
+    /// Adds `uses` to how often `version` may have been used with AES-GCM, by all servers; fewer where the sum would be
+    /// more than `limit`.
     ///
     /// # Errors
     /// `Conflict` when there is no such version.
-    async fn reserve_gcm_uses(&self, version: Uuid, uses: u64) -> Result<u64, StoreError>;
+    async fn reserve_gcm_uses(
+        &self,
+        version: Uuid,
+        uses: u64,
+        limit: u64,
+    ) -> Result<Reserved, StoreError>;
+    /// Takes back what was reserved of these versions and never used.
+    async fn return_gcm_uses(&self, uses: &[(Uuid, u64)]) -> Result<(), StoreError>;
     async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError>;
     /// One page, ordered by id.
     async fn keys(
@@ -185,6 +196,15 @@ impl Key {
             (marked, _) => marked,
         }
     }
+}
+
+/// Uses of a version with AES-GCM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reserved {
+    /// 0 when there are no more.
+    pub granted: u64,
+    /// Of all servers, these included.
+    pub total: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -16,4 +16,6 @@ pub trait Trail: Send + Sync + Debug {
     async fn audit_key(&self) -> Result<Option<SigningKey>, StoreError>;
     /// Keeps `key`, unless there is one already; returns the one that is kept.
     async fn keep_audit_key(&self, key: &SigningKey) -> Result<SigningKey, StoreError>;
+    /// Puts `key` in the place of the one that is kept.
+    async fn replace_audit_key(&self, key: &SigningKey) -> Result<(), StoreError>;
 }

@@ -130,41 +130,76 @@ async fn importing_needs_its_own_right() {
     }
 }
 
-#[tokio::test]
-async fn every_route_of_management_obeys_the_policy_for_every_role() {
+/// What a request to a management route speaks of.
+struct Managed {
+    service_id: Uuid,
+    api_key: Uuid,
+    profile: Uuid,
+    instance: Option<Uuid>,
+}
+
+impl Managed {
+    /// A service ID with a policy, an API key and a profile.
+    async fn make(server: &Server, scope: Scope) -> Managed {
+        let (owner, _) = server.identity(Role::Viewer, scope).await;
+        let (service_id, api_key) = (owner.service_id, owner.api_key().unwrap());
+        let profile = server.profile(service_id).await;
+        Managed { service_id, api_key, profile, instance: scope.instance() }
+    }
+
+    fn absent() -> Managed {
+        let id = Uuid::from_u128(1);
+        Managed { service_id: id, api_key: id, profile: id, instance: Some(id) }
+    }
+
+    /// A request to `route` that succeeds for whoever is allowed. `name` is taken only once.
+    async fn ask(&self, server: &Server, token: &str, route: &Route, name: &str) -> Answer {
+        let id = match route.action {
+            // A service ID's first policy bears its id.
+            Action::DeletePolicy => self.service_id,
+            Action::DeleteProfile => self.profile,
+            _ => self.api_key,
+        };
+        let path = route.path.replace("{id}", &id.to_string());
+        let service_id = format!("ServiceId-{}", self.service_id);
+        let mut body = match route.action {
+            Action::CreateInstance => json!({"name": name}),
+            Action::CreateServiceId => json!({"name": "x", "role": "Viewer"}),
+            Action::CreateApiKey => json!({"name": "x", "service_id": service_id}),
+            Action::CreatePolicy => json!({"role": "Reader", "service_id": service_id}),
+            Action::CreateProfile => {
+                json!({"name": name, "service_id": service_id, "issuer": OTHER_ISSUER, "subject": "x"})
+            }
+            _ => json!(null),
+        };
+        let placed = [Action::CreateServiceId, Action::CreatePolicy].contains(&route.action);
+        if let (Some(instance), true) = (self.instance, placed) {
+            body["instance_id"] = json!(instance);
+        }
+        let body = if body.is_null() { String::new() } else { body.to_string() };
+        server.manage(token, route.method, &path, &body).await
+    }
+}
+
+async fn trusting_another_issuer() -> Server {
     let keys = KeySource::File("/dev/null".into());
     let trusted = Trusted { url: OTHER_ISSUER.into(), audience: "kms".into(), keys };
-    let server = Server::start_trusting(Server::SETTINGS, vec![trusted]).await;
+    Server::start_trusting(Server::SETTINGS, vec![trusted]).await
+}
+
+#[tokio::test]
+async fn every_route_of_management_obeys_the_policy_for_every_role() {
+    let server = trusting_another_issuer().await;
     let admin = server.admin().await;
     for role in Role::ALL {
         let (_, token) = server.identity(role, Scope::Everywhere).await;
         for route in MANAGEMENT_ROUTES {
-            let (owner, _) = server.identity(Role::Viewer, Scope::Everywhere).await;
-            let service_id = format!("ServiceId-{}", owner.service_id);
-            let profile = server.profile(owner.service_id).await;
-            let id = match route.action {
-                // A service ID's first policy bears its id.
-                Action::DeletePolicy => owner.service_id,
-                Action::DeleteProfile => profile,
-                _ => owner.api_key().unwrap(),
-            };
+            let target = Managed::make(&server, Scope::Everywhere).await;
             if route.action == Action::UnlockApiKey {
                 let now = server.clock.wall().into();
-                assert!(server.store.lock_api_key(id, Some(now)).await.unwrap());
+                assert!(server.store.lock_api_key(target.api_key, Some(now)).await.unwrap());
             }
-            let path = route.path.replace("{id}", &id.to_string());
-            let body = match route.action {
-                Action::CreateInstance => json!({"name": format!("{role:?}")}).to_string(),
-                Action::CreateServiceId => json!({"name": "x", "role": "Viewer"}).to_string(),
-                Action::CreateApiKey => json!({"name": "x", "service_id": service_id}).to_string(),
-                Action::CreatePolicy => json!({"role": "Reader", "service_id": service_id}).to_string(),
-                Action::CreateProfile => json!({
-                    "name": format!("{role:?}"), "service_id": service_id, "issuer": OTHER_ISSUER, "subject": "x",
-                })
-                .to_string(),
-                _ => String::new(),
-            };
-            let answer = server.manage(&token, route.method, &path, &body).await;
+            let answer = target.ask(&server, &token, route, &format!("{role:?}")).await;
             let allowed = permits(role, route.action);
             let expected = if allowed { 200..300 } else { 403..404 };
             assert!(expected.contains(&answer.status), "{role:?} {route:?}: {answer:?}");
@@ -174,6 +209,29 @@ async fn every_route_of_management_obeys_the_policy_for_every_role() {
         }
     }
     assert_eq!(server.manage(&admin, "GET", "/v1/instances", "").await.status, 200);
+}
+
+#[tokio::test]
+async fn pitfall_08_who_manages_one_instance_sees_nothing_of_another() {
+    let server = trusting_another_issuer().await;
+    let foreign = Managed::make(&server, Scope::Instance(server.other_instance().await)).await;
+    let absent = Managed::absent();
+    let hidden = [foreign.service_id, foreign.api_key, foreign.profile, foreign.instance.unwrap()];
+    for role in Role::ALL {
+        let (_, token) = server.identity(role, Scope::Instance(server.instance())).await;
+        for route in MANAGEMENT_ROUTES {
+            let there = foreign.ask(&server, &token, route, "there").await;
+            let nowhere = absent.ask(&server, &token, route, "nowhere").await;
+            assert_eq!((there.status, &there.body), (nowhere.status, &nowhere.body), "{route:?}");
+            let listed = route.method == "GET" && permits(role, route.action);
+            let expected = if listed { 200..201 } else { 403..405 };
+            assert!(expected.contains(&there.status), "{role:?} {route:?}: {there:?}");
+            let told = hidden.iter().find(|id| there.body.contains(&id.to_string()));
+            assert_eq!(told, None, "{role:?} {route:?}: {there:?}");
+        }
+    }
+    let everything = server.manage(&server.admin().await, "GET", "/v1/serviceids", "").await;
+    assert!(everything.body.contains(&foreign.service_id.to_string()), "it is there");
 }
 
 #[tokio::test]
@@ -220,5 +278,49 @@ async fn refusals_are_in_the_audit_log() {
     let last = audit.lines().last().unwrap();
     for part in ["create_key", "UNAUTHORIZED_ERR", &caller.iam_id()] {
         assert!(last.contains(part), "{part} is not in {last}");
+    }
+}
+
+/// Else whoever fills the log's disk first gives themselves rights, or destroys keys, without a trace.
+#[tokio::test]
+async fn where_no_record_can_be_kept_nothing_is_changed() {
+    let server = trusting_another_issuer().await;
+    let admin = server.admin().await;
+    let target = Target::make(&server, &admin, server.instance()).await;
+    let managed = Managed::make(&server, Scope::Everywhere).await;
+    let log = server.dir.path().join("audit.log");
+    std::fs::rename(&log, log.with_extension("kept")).unwrap();
+    std::fs::create_dir(&log).unwrap();
+    // Each commit goes there.
+    let commits = || std::fs::read(server.dir.path().join("kms.db-wal")).unwrap();
+    let before = commits();
+    for route in KEY_ROUTES {
+        let answer = target.ask(&server, &admin, route).await;
+        assert_eq!(answer.status, 503, "{route:?}: {answer:?}");
+        assert!(commits() == before, "{route:?} has changed something");
+    }
+    for route in MANAGEMENT_ROUTES {
+        let answer = managed.ask(&server, &admin, route, "unrecorded").await;
+        assert_eq!(answer.status, 503, "{route:?}: {answer:?}");
+        assert!(commits() == before, "{route:?} has changed something");
+    }
+}
+
+#[tokio::test]
+async fn a_change_is_recorded_before_it_is_made_and_when_it_is_done() {
+    let server = Server::start().await;
+    let admin = server.admin().await;
+    let target = Target::make(&server, &admin, server.instance()).await;
+    let path = format!("/keys/{}", target.key);
+    assert_eq!(server.call(&admin, "DELETE", &path, "").await.status, 204);
+    for action in ["create_key", "delete_key"] {
+        let audit = server.audit();
+        let outcomes: Vec<_> = audit
+            .lines()
+            .filter(|line| line.contains(&format!(r#""action":"{action}""#)))
+            .filter(|line| line.contains(&target.key))
+            .map(|line| ["begun", "done"].map(|it| line.contains(&format!(r#""outcome":"{it}""#))))
+            .collect();
+        assert_eq!(outcomes, [[true, false], [false, true]], "{action}: {audit}");
     }
 }

@@ -2,6 +2,9 @@
 
 use crate::harness::Server;
 use crate::harness::faulty_store::{Fault, Step};
+use aws_lc_rs::digest::{SHA256, digest};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use kms_core::secret::SecretText;
 use kms_server::policy::{Role, Scope};
 use serde_json::{Value, json};
@@ -79,6 +82,39 @@ async fn a_rotated_api_key_keeps_its_id_and_its_old_secret_ends_with_its_tokens(
     let database = std::fs::read(server.dir.path().join("kms.db-wal")).unwrap();
     assert!(!database.windows(text.len()).any(|window| window == text.as_bytes()));
     assert!(!server.audit().contains(text));
+}
+
+/// All that the server has on its disk, read by somebody who knows how an API key becomes a hash.
+#[tokio::test]
+async fn a_stolen_database_gives_no_api_key_away() {
+    let server = Server::start().await;
+    let admin = server.admin().await;
+    let key = make(&server, &admin).await;
+    let body = json!({"overlap_seconds": 600}).to_string();
+    let rotated = server.manage(&admin, "POST", &path(&key, "rotate"), &body).await.json();
+    let good = [
+        server.made.admin.api_key.clone(),
+        server.made.viewer.api_key.clone(),
+        secret(&key),
+        secret(&rotated),
+    ];
+    let mut stolen = Vec::new();
+    for file in std::fs::read_dir(server.dir.path()).unwrap() {
+        stolen.extend(std::fs::read(file.unwrap().path()).unwrap());
+    }
+    let holds = |bytes: &[u8]| stolen.windows(bytes.len()).any(|window| window == bytes);
+    for api_key in &good {
+        server.token(api_key).await;
+        let hash = digest(&SHA256, api_key.expose().as_bytes());
+        assert!(holds(hash.as_ref()), "the search finds what is there");
+        assert!(!holds(api_key.expose().as_bytes()), "the API key as it is sent");
+        assert!(!holds(&BASE64URL.decode(api_key.expose()).unwrap()), "its random bytes");
+        let hex: String = hash.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        for shown in [BASE64URL.encode(hash), hex] {
+            let answer = server.ask_token(&shown).await;
+            assert_eq!(answer.json()["errorCode"], "BXNIM0415E", "a hash is no API key");
+        }
+    }
 }
 
 #[tokio::test]

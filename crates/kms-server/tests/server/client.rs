@@ -5,7 +5,7 @@ use kms_api::client::{
     Ca, Call, ClientSettings, Error, KeyProtect, KeyQuery, Management, NewKey, USER_AGENT,
 };
 use kms_api::rest::{NewApiKey, NewServiceId};
-use kms_api::token::{ApiKeySource, TokenSettings, TokenSource};
+use kms_api::token::{Credential, TokenSettings, TokenSource};
 use kms_core::clock::SystemClock;
 use kms_core::secret::SecretText;
 use std::sync::Arc;
@@ -17,7 +17,7 @@ const CALL: Call<'_> =
 fn tokens(server: &Server, api_key: &SecretText) -> TokenSource {
     let url = format!("https://{}/oidc/token", server.tokens);
     let settings = TokenSettings { url, ca: Some(Ca::File(server.ca())) };
-    let key = ApiKeySource::Inline(api_key.clone());
+    let key = Credential::ApiKey(api_key.clone());
     TokenSource::new(&settings, key, Arc::new(SystemClock::new())).unwrap()
 }
 

@@ -4,7 +4,8 @@ use crate::harness::faulty_store::{Fault, Step};
 use crate::harness::{Server, new_key};
 use kms_hsm::memory;
 use kms_hsm::{Vault, VaultError};
-use kms_server::reconcile::{Comparison, Standing, compare};
+use kms_server::reconcile::{Comparison, Pair, Standing, compare};
+use kms_server::store::Custody;
 use serde_json::json;
 use std::collections::BTreeSet;
 
@@ -150,9 +151,35 @@ async fn every_difference_between_hsm_and_database_is_found() {
     assert_eq!(server.vault.versions().await.unwrap(), [stranger], "nothing was repaired");
     let empty = memory::MemoryVault::new();
     let (standings, found) = left(&empty, &server).await;
-    assert_eq!((standings, found.signing_keys[0].good), (vec![Standing::Lost], false));
+    assert_eq!((standings, found.signing_keys[0].pair), (vec![Standing::Lost], Pair::Lost));
     assert!(found.verdict().is_err());
     assert!(empty.versions().await.unwrap().is_empty(), "nothing was made in its place");
+}
+
+#[tokio::test]
+async fn every_version_is_compared_once_and_told_in_the_order_of_the_database() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let mut lost = BTreeSet::new();
+    for number in 0..10 {
+        let id = server.create_id(&token, "crk").await;
+        let (_, version) = server.wrap(&token, &id, PLAINTEXT).await;
+        if number % 3 == 2 {
+            let version = version.parse().unwrap();
+            server.vault.lose_version(version);
+            lost.insert(version);
+        }
+        let known = server.store.known_versions().await.unwrap();
+        let expected: Vec<_> = known
+            .into_iter()
+            .map(|one| {
+                let lost = lost.contains(&one.version);
+                (one, if lost { Standing::Lost } else { Standing::Good })
+            })
+            .collect();
+        assert_eq!(left(&*server.vault, &server).await.1.versions, expected);
+        assert_eq!(expected.len(), number + 1);
+    }
 }
 
 #[tokio::test]

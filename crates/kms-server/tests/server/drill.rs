@@ -2,9 +2,13 @@
 //! one takes over. `docs/backup.md`, step by step.
 
 use crate::harness::rig::{Rig, copy_folder, stderr};
+use kms_core::secret::SecretText;
+use kms_hsm::Vault;
+use kms_hsm::pkcs11::{Pkcs11Vault, Settings, TokenChoice};
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
 const DEKS: usize = 1000;
@@ -90,14 +94,7 @@ async fn s5_a_key_that_is_missing_is_named_and_the_others_are_served() {
 
     let (code, found) = rig.check();
     assert_eq!(code, 4);
-    let mut told: Vec<(&str, &str)> = found["keys"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|key| (key["key"].as_str().unwrap(), key["state"].as_str().unwrap()))
-        .collect();
-    told.sort_by_key(|(_, state)| *state);
-    assert_eq!(told, [(new.as_str(), "missing"), (old.as_str(), "ok")]);
+    assert_eq!(told(&found), [(new.as_str(), "missing"), (old.as_str(), "ok")]);
     rig.start().await;
     let client = rig.admin().await;
     let text = |value: &Value| value["ciphertext"].as_str().unwrap().to_owned();
@@ -107,6 +104,108 @@ async fn s5_a_key_that_is_missing_is_named_and_the_others_are_served() {
     assert_eq!(rig.check(), (code, found), "no row went away");
 }
 
+/// The HSM's backup is restored while the server that was refused still runs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s5_a_token_that_gets_its_keys_back_is_served_without_a_restart() {
+    let Some(mut rig) = Rig::make() else { return };
+    let (tokens, empty, full) = (rig.path("tokens"), rig.path("empty"), rig.path("full"));
+    rig.start().await;
+    copy_folder(&tokens, &empty);
+    let client = rig.admin().await;
+    let key = client.create("key").await.unwrap();
+    let wrapped = client.wrap(&key, PLAINTEXT).await.unwrap().json();
+    rig.kill();
+    fs::rename(&tokens, &full).unwrap();
+    copy_folder(&empty, &tokens);
+
+    refused(&mut rig, "holds none of the 1 root key versions of this database").await;
+    copy_folder(&full, &tokens);
+    rig.becomes("200 OK").await;
+    let client = rig.admin().await;
+    let opened = client.unwrap(&key, wrapped["ciphertext"].as_str().unwrap()).await.unwrap();
+    assert_eq!(opened.json()["plaintext"], PLAINTEXT, "{opened:?}");
+}
+
+/// The same token and the same names, but other keys, as after a mistake with a vendor's backup tool.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s5_another_key_under_the_same_id_is_named_and_not_used_in_softhsm() {
+    if let Ok(versions) = std::env::var(REPLACE) {
+        return replace(&versions).await;
+    }
+    let name = "drill::s5_another_key_under_the_same_id_is_named_and_not_used_in_softhsm";
+    let Some(mut rig) = Rig::make() else { return };
+    rig.start().await;
+    let client = rig.admin().await;
+    let (good, bad) = (client.create("good").await.unwrap(), client.create("bad").await.unwrap());
+    let mut wdeks = Vec::new();
+    for key in [&good, &bad] {
+        let wrapped = client.wrap(key, PLAINTEXT).await.unwrap().json();
+        wdeks.push(wrapped["ciphertext"].as_str().unwrap().to_owned());
+    }
+    let backup = rig.path("backup.db");
+    assert!(rig.run(&["backup", "--to", backup.to_str().unwrap()]).status.success());
+    rig.kill();
+    let of = |found: &Value, wanted: &str| -> Vec<String> {
+        let keys = found["keys"].as_array().unwrap().iter();
+        let keys = keys.filter(|key| wanted == "all" || key["key"] == wanted);
+        keys.map(|key| key["version"].as_str().unwrap().to_owned()).collect()
+    };
+    let versions = of(&rig.check().1, &bad);
+    rig.in_a_process(name, REPLACE, &versions.join(","));
+
+    let (code, found) = rig.check();
+    assert_eq!(code, 4);
+    assert_eq!(told(&found), [(good.as_str(), "ok"), (bad.as_str(), "wrong key")]);
+    let (code, compared) = restore(&rig, &["--check"]);
+    assert_eq!((code, told(&compared)), (4, told(&found)));
+    let text = String::from_utf8(rig.run(&["check"]).stdout).unwrap();
+    let line = format!("wrong key   version {}  key {bad}", versions[0]);
+    assert!(text.contains(&line), "{text}");
+
+    rig.start().await;
+    let client = rig.admin().await;
+    let opened = client.unwrap(&good, &wdeks[0]).await.unwrap();
+    assert_eq!(opened.json()["plaintext"], PLAINTEXT, "{opened:?}");
+    assert_eq!(client.wrap(&bad, PLAINTEXT).await.unwrap().status, 500);
+    assert_eq!(client.unwrap(&bad, &wdeks[1]).await.unwrap().status, 500);
+    let named = format!("version {} of key {bad}", versions[0]);
+    assert!(rig.log().contains(&named), "{}", rig.log());
+    let rotated = client.call("POST", &format!("/{bad}/actions/rotate"), "").await.unwrap();
+    assert_eq!(rotated.status, 204, "a new version is the way out: {rotated:?}");
+    assert_eq!(client.wrap(&bad, PLAINTEXT).await.unwrap().status, 200);
+    assert_eq!(client.unwrap(&bad, &wdeks[1]).await.unwrap().status, 500, "and not the way back");
+    rig.kill();
+
+    let all = of(&rig.check().1, "all");
+    rig.in_a_process(name, REPLACE, &all.join(","));
+    let cause =
+        "holds none of the 3 root key versions of this database (0 missing, 3 under another key)";
+    assert!(rig.check().1["refused"].as_str().unwrap().contains(cause), "{}", rig.check().1);
+    serves_nobody(&mut rig, cause).await;
+}
+
+const REPLACE: &str = "KEELSON_TEST_REPLACE";
+
+/// In a process of its own: destroys what these versions are, and makes others of the same CKA_ID.
+async fn replace(versions: &str) {
+    let library = std::env::var_os(pkcs11_shim::MODULE).unwrap();
+    let settings = Settings {
+        library: library.into(),
+        token: TokenChoice::Label("rig".to_owned()),
+        pin: SecretText::new("582910".to_owned()).into(),
+        sessions: 1,
+        queue: 1,
+        deadline: Duration::from_secs(10),
+        gcm: None,
+    };
+    let vault = Pkcs11Vault::open(settings).unwrap();
+    for version in versions.split(',') {
+        let version = version.parse().unwrap();
+        vault.destroy_version(version).await.unwrap();
+        vault.create_version(version).await.unwrap();
+    }
+}
+
 /// A backup that was changed or cut is not restored.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_that_is_not_what_its_manifest_says_is_refused() {
@@ -114,7 +213,7 @@ async fn a_backup_that_is_not_what_its_manifest_says_is_refused() {
     let backup = rig.path("backup.db");
     assert!(rig.run(&["backup", "--to", backup.to_str().unwrap()]).status.success());
     let whole = fs::read(&backup).unwrap();
-    fs::remove_file(rig.path("kms.db")).unwrap();
+    move_away(&rig);
     let mut changed = whole.clone();
     changed[whole.len() / 2] ^= 1;
     for bad in [&whole[..whole.len() - 1], &changed, &[]] {
@@ -127,6 +226,43 @@ async fn a_backup_that_is_not_what_its_manifest_says_is_refused() {
     fs::write(&backup, &whole).unwrap();
     let done = rig.run(&["restore", "--from", backup.to_str().unwrap()]);
     assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+}
+
+/// The same host: a server that was killed leaves a log, which SQLite would read into the backup.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn s5_a_lost_database_is_moved_away_with_its_log_before_a_restore() {
+    let Some(mut rig) = Rig::make() else { return };
+    rig.start().await;
+    let client = rig.admin().await;
+    let key = client.create("key").await.unwrap();
+    let wdek = client.wrap(&key, PLAINTEXT).await.unwrap().json();
+    let backup = rig.path("backup.db");
+    assert!(rig.run(&["backup", "--to", backup.to_str().unwrap()]).status.success());
+    for name in 0..20 {
+        client.create(&format!("late {name}")).await.unwrap();
+    }
+    rig.kill();
+    fs::rename(rig.path("kms.db"), rig.path("moved.db")).unwrap();
+    let refused = rig.run(&["restore", "--from", backup.to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("kms.db-wal is there"), "{}", stderr(&refused));
+    assert!(!rig.path("kms.db").exists());
+    move_away(&rig);
+    let done = rig.run(&["restore", "--from", backup.to_str().unwrap()]);
+    assert_eq!(done.status.code(), Some(3), "{}", stderr(&done));
+    assert!(stderr(&done).contains("is restored."), "{}", stderr(&done));
+    rig.start().await;
+    let client = rig.admin().await;
+    let opened = client.unwrap(&key, wdek["ciphertext"].as_str().unwrap()).await.unwrap();
+    assert_eq!(opened.json()["plaintext"], PLAINTEXT, "{opened:?}");
+}
+
+/// The database, and what SQLite keeps beside it.
+fn move_away(rig: &Rig) {
+    for side in ["", "-wal", "-shm"] {
+        let _ =
+            fs::rename(rig.path(&format!("kms.db{side}")), rig.path(&format!("moved.db{side}")));
+    }
 }
 
 /// Another host with the backup, and with the token or without.
@@ -148,6 +284,15 @@ fn restore(rig: &Rig, more: &[&str]) -> (i32, Value) {
     let found =
         serde_json::from_slice(&done.stdout).unwrap_or_else(|_| panic!("{}", stderr(&done)));
     (done.status.code().unwrap(), found)
+}
+
+/// Each key and how it is, by state.
+fn told(found: &Value) -> Vec<(&str, &str)> {
+    let keys = found["keys"].as_array().unwrap().iter();
+    let mut told: Vec<_> =
+        keys.map(|key| (key["key"].as_str().unwrap(), key["state"].as_str().unwrap())).collect();
+    told.sort_by_key(|(_, state)| *state);
+    told
 }
 
 /// All the states in a report, each once.
@@ -173,19 +318,22 @@ async fn refuses(mut rig: Rig, old: &Rig, extra: usize, cause: &str) {
     }
     fs::copy(rig.path("backup.db"), rig.path("kms.db")).unwrap();
     (rig.instance, rig.api_key) = (old.instance.clone(), old.api_key.clone());
-    rig.spawn();
-    let mut answer = String::new();
-    for _ in 0..1000 {
-        answer = rig.readiness().await;
-        if answer.contains(cause) {
-            break;
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-    assert!(answer.contains("503") && answer.contains(cause), "{answer}\n{}", rig.log());
-    assert_eq!(rig.client().log_in(&rig.api_key).await, Some(503), "it serves nobody");
-    rig.kill();
+    serves_nobody(&mut rig, cause).await;
     let (code, found) = rig.check();
     assert_eq!((states(&found).as_str(), code), ("missing", 4), "no row went away: {found}");
     assert_eq!(found["keys"].as_array().unwrap().len(), 14);
+}
+
+/// Starts it and stops it: it serves nobody, for this cause.
+async fn serves_nobody(rig: &mut Rig, cause: &str) {
+    refused(rig, cause).await;
+    rig.kill();
+}
+
+/// Starts it: it is not ready, for this cause, and nobody gets in.
+async fn refused(rig: &mut Rig, cause: &str) {
+    rig.spawn();
+    let answer = rig.becomes(cause).await;
+    assert!(answer.contains("503"), "{answer}");
+    assert_eq!(rig.client().log_in(&rig.api_key).await, Some(503), "it serves nobody");
 }

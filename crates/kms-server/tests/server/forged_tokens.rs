@@ -9,8 +9,10 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use kms_core::clock::Clock;
 use kms_hsm::Vault;
+use kms_server::policy::{Role, Scope};
 use kms_server::store::Store;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::time::{Duration, UNIX_EPOCH};
 
 /// The parts of a good token, to be put together anew.
@@ -86,7 +88,9 @@ async fn pitfall_13_no_forged_token_is_taken() {
     forged.extend(other_algorithms(&server, &good).await);
     forged.extend(other_headers(&server, &good).await);
     forged.extend(other_claims(&server, &good).await);
-    assert!(forged.len() > 50);
+    forged.extend(stale(&server, &good).await);
+    let kinds: BTreeSet<_> = forged.iter().map(|(_, token)| token).collect();
+    assert!(kinds.len() == forged.len() && kinds.len() > 60, "{} kinds", kinds.len());
 
     let expected = server.call("x.y.z", "GET", "/keys", "").await;
     assert_eq!(expected.status, 401);
@@ -202,6 +206,23 @@ async fn other_claims(server: &Server, good: &str) -> Forged {
         forged.push(("other claims", signed_with_our_header(server, good, &claims).await));
     }
     forged
+}
+
+/// Issued by this server to somebody who has lost what they proved themselves with.
+async fn stale(server: &Server, admin: &str) -> Forged {
+    let mut stale = Forged::new();
+    for (what, method, path) in [
+        ("a locked API key", "POST", "/v1/apikeys/{id}/lock"),
+        ("a replaced API key", "POST", "/v1/apikeys/{id}/rotate"),
+        ("a revoked API key", "DELETE", "/v1/apikeys/{id}"),
+    ] {
+        let (owner, token) = server.identity(Role::Administrator, Scope::Everywhere).await;
+        assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 200);
+        let path = path.replace("{id}", &owner.api_key().unwrap().to_string());
+        assert!((200..300).contains(&server.manage(admin, method, &path, "").await.status));
+        stale.push((what, token));
+    }
+    stale
 }
 
 /// With the header byte for byte, so that only the claims can be what is refused.

@@ -2,12 +2,13 @@
 
 use crate::harness::http::Answer;
 use crate::harness::issuer::{SigningKey, Site, key_file};
-use crate::harness::{Server, http};
+use crate::harness::{Server, health, http};
 use aws_lc_rs::hmac;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use kms_core::clock::Clock;
 use kms_server::issuers::{KeySource, Trusted};
+use kms_server::ops::issue_token::record_failures;
 use kms_server::policy::{Role, Scope};
 use serde_json::{Value, json};
 use std::time::{Duration, UNIX_EPOCH};
@@ -197,7 +198,7 @@ async fn no_forged_login_is_taken_and_all_refusals_are_one() {
         json!({"aud": ["other"]}),
         json!({"aud": "https://kubernetes.default.svc"}),
         json!({"aud": null}),
-        json!({"exp": now - 31}),
+        json!({"exp": now}),
         json!({"exp": null}),
         json!({"exp": "tomorrow"}),
         json!({"nbf": now + 60}),
@@ -210,6 +211,7 @@ async fn no_forged_login_is_taken_and_all_refusals_are_one() {
     ] {
         forged.push(("other claims", key.token(&with(good.clone(), change))));
     }
+    assert!(forged.len() > 30);
     let expected = cluster.log_in("x.y.z").await;
     for (what, token) in &forged {
         let answer = cluster.log_in(token).await;
@@ -220,7 +222,7 @@ async fn no_forged_login_is_taken_and_all_refusals_are_one() {
     {
         refused(&log_in(server, &signed, profile).await, profile);
     }
-    for extra in [json!({}), account("kube-system", "kmsplugin")] {
+    for extra in [json!({}), account("kube-system", "kmsplugin"), json!({"exp": now + 1})] {
         access_token(&cluster.log_in(&key.token(&with(good.clone(), extra))).await);
     }
 }
@@ -345,4 +347,83 @@ async fn a_profile_says_exactly_whom_it_trusts() {
         let answer = server.manage(&admin, "POST", "/v1/profiles", &body).await;
         assert_eq!(answer.status, status, "{body}: {answer:?}");
     }
+}
+
+/// The members of the records of refused logins that say what happened.
+fn refusals(server: &Server) -> Vec<(String, Option<u64>)> {
+    let audit = server.audit();
+    let records = audit.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let refused = records.filter(|it| it["action"] == "issue_token" && it["outcome"] != "done");
+    refused
+        .map(|record| {
+            assert!(record["peer"].as_str().unwrap().starts_with("127.0.0.1:"), "{record}");
+            assert_eq!((&record["caller"], &record["api_key"]), (&Value::Null, &Value::Null));
+            (record["outcome"].as_str().unwrap().to_owned(), record["count"].as_u64())
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn who_is_refused_is_in_the_audit_log_and_a_flood_of_them_is_not() {
+    let cluster = Cluster::start().await;
+    let server = &cluster.server;
+    let admin = server.admin().await;
+    let (caller, _) = server.identity(Role::Viewer, Scope::Instance(server.instance())).await;
+    let (locked, unknown) = (caller.api_key().unwrap().to_string(), "nobody-has-this-one");
+    let path = format!("/v1/apikeys/{locked}/lock");
+    assert_eq!(server.manage(&admin, "POST", &path, "").await.status, 204);
+    assert_eq!(refusals(server), []);
+    for _ in 0..20 {
+        for api_key in [&*locked, unknown] {
+            assert_eq!(server.ask_token(api_key).await.json()["errorCode"], "BXNIM0415E");
+        }
+    }
+    let forged = SigningKey::new("k-1").token(&cluster.claims());
+    refused(&cluster.log_in(&forged).await, "forged");
+    let api_key = |count| ("UNKNOWN_API_KEY".to_owned(), count);
+    let mut expected = vec![api_key(None), api_key(None), api_key(None)];
+    expected.push(("UNTRUSTED_TOKEN".to_owned(), None));
+    assert_eq!(refusals(server), expected);
+    let metrics = health(server, "/metrics", "").await;
+    for sample in ["{cause=\"api_key\"} 40\n", "{cause=\"token\"} 1\n"] {
+        let sample = format!("kms_server_logins_refused_total{sample}");
+        assert!(metrics.contains(&sample), "{sample} is not in {metrics}");
+    }
+    // All the others, once a minute.
+    record_failures(&server.app).await;
+    record_failures(&server.app).await;
+    expected.push(api_key(Some(37)));
+    assert_eq!(refusals(server), expected);
+    let audit = server.audit();
+    for secret in [unknown, &forged] {
+        assert!(!audit.contains(secret), "{audit}");
+    }
+
+    // Those of the last minute are written at the end.
+    for _ in 0..5 {
+        server.ask_token(unknown).await;
+    }
+    let server = cluster.server.restart().await;
+    expected.extend([api_key(None), api_key(None), api_key(None), api_key(Some(2))]);
+    assert_eq!(refusals(&server), expected);
+}
+
+#[tokio::test]
+async fn a_refusal_that_cannot_be_recorded_is_no_answer_and_is_recorded_later() {
+    let server = Server::start().await;
+    let log = server.app.audit.path().to_owned();
+    let aside = log.with_extension("aside");
+    std::fs::rename(&log, &aside).unwrap();
+    std::os::unix::fs::symlink("/dev/full", &log).unwrap();
+    let answer = server.ask_token("nobody-has-this-one").await;
+    assert_eq!(
+        (answer.status, &answer.json()["errorCode"]),
+        (503, &json!("AUDIT_UNAVAILABLE_ERR"))
+    );
+    record_failures(&server.app).await;
+    std::fs::remove_file(&log).unwrap();
+    std::fs::rename(&aside, &log).unwrap();
+    assert_eq!(refusals(&server), []);
+    record_failures(&server.app).await;
+    assert_eq!(refusals(&server), [("UNKNOWN_API_KEY".to_owned(), Some(1))]);
 }

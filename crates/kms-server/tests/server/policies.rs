@@ -206,3 +206,18 @@ async fn a_service_id_can_be_made_for_one_key() {
     let refused = server.manage(&admin, "POST", "/v1/serviceids", &absent.to_string()).await;
     assert_eq!(refused.status, 404);
 }
+
+#[tokio::test]
+async fn the_last_cluster_administrator_stays_one() {
+    let server = Server::start().await;
+    let admin = server.admin().await;
+    let listed = server.manage(&admin, "GET", "/v1/policies", "").await.json();
+    let policies = listed["policies"].as_array().unwrap();
+    let first = policies.iter().find(|one| one["role"] == "ClusterAdministrator").unwrap();
+    let path = format!("/v1/policies/{}", first["id"].as_str().unwrap());
+    let refused = server.manage(&admin, "DELETE", &path, "").await;
+    assert_eq!(refused.status, 409, "{refused:?}");
+    assert!(refused.body.contains("the last ClusterAdministrator"), "{refused:?}");
+    server.identity(Role::ClusterAdministrator, Scope::Everywhere).await;
+    assert_eq!(server.manage(&admin, "DELETE", &path, "").await.status, 204);
+}

@@ -118,9 +118,11 @@ async fn pitfall_12_a_use_that_looked_before_is_answered_and_recorded_before_the
         assert_eq!(changed.await.unwrap().status, 204);
         assert!(late.await.unwrap().message().ends_with(&format!("({code})")));
         let expected = [
+            "create_key begun".to_owned(),
             "create_key done".to_owned(),
             "wrap done".to_owned(),
             format!("{usage} done"),
+            format!("{change}_key begun"),
             format!("{change}_key done"),
             format!("{usage} {code}"),
         ];

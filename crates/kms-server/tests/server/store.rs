@@ -123,13 +123,13 @@ async fn versions_are_newest_first_and_a_destroyed_key_gets_no_more() {
         store.begin_version(id(10), &version(n)).await.unwrap();
     }
     for n in [20, 30] {
-        store.activate_version(id(10), id(n), NOW).await.unwrap();
+        store.activate_version(id(10), id(n), NOW, None).await.unwrap();
     }
     let versions = store.versions(id(1), id(10)).await.unwrap();
     assert_eq!(versions, [version(30), version(20), version(1010)]);
     assert!(store.delete_key(id(1), id(10), NOW, "me").await.unwrap());
     assert!(!store.delete_key(id(1), id(10), NOW, "me").await.unwrap());
-    let late = store.activate_version(id(10), id(40), NOW).await;
+    let late = store.activate_version(id(10), id(40), NOW, None).await;
     assert!(matches!(late, Err(StoreError::Conflict(_))));
     assert_eq!(store.versions(id(1), id(10)).await.unwrap().len(), 3);
     let key = store.key(id(1), id(10)).await.unwrap().unwrap();
@@ -239,4 +239,14 @@ async fn the_one_role_of_an_older_database_becomes_the_first_policy() {
     let scope = Scope::Instance(id(1));
     assert_eq!(caller.grants, [Grant { role: Role::Editor, scope }]);
     assert_eq!(store.service_id(id(2)).await.unwrap().unwrap().home, scope);
+}
+
+/// The pool opens more than one connection at once, and the first one has to turn the file to another way of writing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_new_database_opens_always() {
+    let dir = TempDir::new().unwrap();
+    for number in 0..100 {
+        let store = SqliteStore::open(&dir.path().join(format!("{number}.db")), true).await;
+        store.unwrap().close().await;
+    }
 }

@@ -107,6 +107,9 @@ struct Name {
     /// A standard key, whose material the service gives out, instead of a root key
     #[arg(long)]
     standard: bool,
+    /// When it ends to wrap, such as 2027-11-24T00:00:00Z; what it wrapped it goes on unwrapping
+    #[arg(long, value_name = "TIME")]
+    expires: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -238,8 +241,8 @@ fn version(key: &KeyResource) -> Option<String> {
 
 impl From<Name> for NewKey {
     fn from(name: Name) -> Self {
-        let Name { name, description, aliases, standard } = name;
-        NewKey { name, description, aliases, extractable: standard }
+        let Name { name, description, aliases, standard, expires } = name;
+        NewKey { name, description, aliases, extractable: standard, expires }
     }
 }
 

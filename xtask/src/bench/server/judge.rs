@@ -41,8 +41,10 @@ fn full_token(measured: &Measurements) -> Finding {
 
 fn of_noop(measured: &Measurements) -> Finding {
     let ratio = ratio(measured, Load::PEAK, Load::NOOP);
-    let text =
-        format!("wrap, audited: {ratio:.2} of the authenticated no-op's rate (>= {OF_NOOP})");
+    let of_read = self::ratio(measured, Load::PEAK, Load::READ);
+    let text = format!(
+        "wrap, audited: {ratio:.2} of the authenticated no-op's rate (>= {OF_NOOP}), {of_read:.2} of an audited read's"
+    );
     Finding { text, held: ratio >= OF_NOOP }
 }
 

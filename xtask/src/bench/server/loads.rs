@@ -30,6 +30,10 @@ pub(super) enum Load {
     Noop {
         connections: u32,
     },
+    /// What is known of a key: as a wrap, without the HSM.
+    Read {
+        connections: u32,
+    },
     Wrap(Kind, u32),
     Unwrap(Kind, u32),
     /// So many arrivals a second, whatever the answers do.
@@ -59,10 +63,10 @@ pub(super) struct Row {
     pub(super) connections: u32,
     pub(super) good_per_second: f64,
     pub(super) refused_per_second: f64,
-    p50_us: Option<f64>,
+    pub(super) p50_us: Option<f64>,
     pub(super) p99_us: Option<f64>,
-    p999_us: Option<f64>,
-    max_us: Option<f64>,
+    pub(super) p999_us: Option<f64>,
+    pub(super) max_us: Option<f64>,
     failed: u64,
 }
 
@@ -102,6 +106,7 @@ impl Measurements {
 impl Load {
     pub(super) const PEAK: Load = Load::Wrap(Kind::Workers(USUAL_WORKERS), MANY);
     pub(super) const NOOP: Load = Load::Noop { connections: MANY };
+    pub(super) const READ: Load = Load::Read { connections: MANY };
     pub(super) const FULL: Load = Load::Wrap(Kind::FullToken, MANY);
 
     pub(super) fn wrap_with_workers(workers: u32) -> Load {
@@ -115,6 +120,7 @@ impl Load {
             all.extend([
                 Load::Vault { full: false, callers },
                 Load::Noop { connections: callers },
+                Load::Read { connections: callers },
                 Load::Wrap(usual, callers),
                 Load::Wrap(Kind::FullToken, callers),
                 Load::Unwrap(usual, callers),
@@ -132,14 +138,16 @@ impl Load {
             Load::Noop { .. } => Kind::Noop,
             Load::Wrap(kind, _) | Load::Unwrap(kind, _) => kind,
             Load::Vault { full: true, .. } => Kind::FullToken,
-            Load::Vault { .. } | Load::Calm | Load::Overload => Kind::Workers(USUAL_WORKERS),
+            Load::Vault { .. } | Load::Read { .. } | Load::Calm | Load::Overload => {
+                Kind::Workers(USUAL_WORKERS)
+            }
         }
     }
 
     fn connections(self) -> u32 {
         match self {
             Load::Vault { callers, .. } => callers,
-            Load::Noop { connections } => connections,
+            Load::Noop { connections } | Load::Read { connections } => connections,
             Load::Wrap(_, connections) | Load::Unwrap(_, connections) => connections,
             Load::Calm => MANY,
             Load::Overload => CROWD,
@@ -166,6 +174,7 @@ impl Load {
             }
             // What this server answers to whoever is known, and may be here, beyond one request a second.
             Load::Noop { .. } => ("wrap", 429, 0.0),
+            Load::Read { .. } => ("metadata", 200, 0.0),
             Load::Unwrap(..) => ("unwrap", 200, 0.0),
             Load::Wrap(..) => ("wrap", 200, 0.0),
             Load::Calm => ("wrap", 200, f64::from(CALM)),
@@ -194,6 +203,7 @@ impl std::fmt::Display for Load {
             Load::Vault { full: false, .. } => write!(f, "no server: wrap in the HSM"),
             Load::Vault { full: true, .. } => write!(f, "no server, full token"),
             Load::Noop { .. } => write!(f, "authenticated no-op"),
+            Load::Read { .. } => write!(f, "metadata of a key, audited"),
             Load::Wrap(kind, _) => write!(f, "wrap{}", of(kind)),
             Load::Unwrap(kind, _) => write!(f, "unwrap{}", of(kind)),
             Load::Calm => write!(f, "wrap, {CALM} arrivals/s"),

@@ -5,8 +5,10 @@
 //! The load comes from the machine that is measured. That costs the server up to half of it, and is said in the table.
 
 mod chart;
+mod full_token;
 mod judge;
 mod loads;
+mod report;
 mod service;
 mod start;
 
@@ -38,6 +40,9 @@ pub(crate) struct Args {
     /// Measure these programs (kms-server, kmsctl, bench-load) and build none.
     #[arg(long, value_name = "FOLDER")]
     programs: Option<PathBuf>,
+    /// Put the tables into this document (docs/performance.md), in the place of the last ones.
+    #[arg(long, value_name = "DOCUMENT")]
+    record: Option<PathBuf>,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -69,8 +74,21 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     }
     super::save("server.json", &measured.rows(), &findings)?;
     chart::save(&measured.rows())?;
+    if let Some(document) = &args.record {
+        report::put_into(document, &args.command(), &measured.rows(), &findings)?;
+    }
     let all_held = findings.iter().all(|finding| finding.held);
     Ok(if all_held { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Args {
+    /// What another run needs to be the same.
+    fn command(&self) -> String {
+        format!(
+            "cargo xtask bench server --keys {} --rows {} --rounds {} --seconds {}",
+            self.keys, self.rows, self.rounds, self.seconds
+        )
+    }
 }
 
 fn not_json(program: &str) -> impl Fn(serde_json::Error) -> Error + '_ {

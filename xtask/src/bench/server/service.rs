@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::time::Duration;
 
-use super::not_json;
+use super::{full_token, not_json};
 
 /// Tokens and databases.
 pub(super) struct Prepared {
@@ -57,8 +57,6 @@ pub(super) struct Service {
 /// kms-server's default.
 pub(super) const USUAL_WORKERS: u32 = 2;
 const KEPT: &str = "bench.json";
-/// Connections that make keys; SoftHSM makes one after the other anyway.
-const MAKERS: u32 = 2;
 
 impl State {
     pub(super) fn with_one_key(programs: &Path) -> Result<State> {
@@ -68,10 +66,7 @@ impl State {
     pub(super) fn with_keys(programs: &Path, keys: u32) -> Result<State> {
         State::kept(programs, &format!("token-{keys}"), |state| {
             eprintln!("-> make {keys} keys in SoftHSM2, once (minutes)");
-            let service = Service::start(state, Kind::FullToken)?;
-            let load = json!({"op": "create", "wanted": 201, "connections": MAKERS, "seconds": 3600,
-                "most": keys - 1});
-            service.load(programs, load).map(drop)
+            full_token::make(programs, state, keys - 1)
         })
     }
 

@@ -33,8 +33,8 @@ type Opened = Result<Arc<dyn Vault>, VaultError>;
 type Door = Option<Opened>;
 
 impl Hsm {
-    /// `open` may block. It is called again, with pauses, while it answers `Unavailable`; after `Credential`, when `pin`
-    /// is another one; and never after any other answer.
+    /// `open` may block. It is called again, with pauses, while it answers `Unavailable`, and never after any other
+    /// answer. What it opens logs in with `pin`, and hears itself of another one.
     pub fn new(pin: Pin, open: impl Fn() -> Opened + Send + Sync + 'static) -> Hsm {
         Hsm { open: Arc::new(open), pin, door: OnceLock::new() }
     }
@@ -58,8 +58,7 @@ impl Hsm {
     /// # Errors
     /// Why it is not open.
     pub async fn vault(&self) -> Opened {
-        let mut door =
-            self.door.get_or_init(|| unlock(self.open.clone(), self.pin.clone())).clone();
+        let mut door = self.door.get_or_init(|| unlock(self.open.clone())).clone();
         // An error means that the thread ended without a word, as it does when it panics.
         let opened = door.wait_for(Option::is_some).await.ok().and_then(|door| door.clone());
         opened.unwrap_or_else(|| Err(away("it cannot be opened")))
@@ -68,14 +67,22 @@ impl Hsm {
 
 /// How the HSM is asked for what the configuration says of it.
 pub fn settings(hsm: &config::Hsm) -> Settings {
+    let token = match hsm.token.clone() {
+        config::Token::Label(label) => TokenChoice::Label(label),
+        config::Token::Serial(serial) => TokenChoice::Serial(serial),
+        config::Token::Slot(slot) => TokenChoice::Slot(slot),
+    };
+    let pin = match &hsm.refused_pin_file {
+        Some(file) => {
+            let token = format!("{} {token}", hsm.library.display());
+            Pin::remembered(hsm.pin.clone(), file.clone(), token)
+        }
+        None => Pin::new(hsm.pin.clone()),
+    };
     Settings {
         library: hsm.library.clone(),
-        token: match hsm.token.clone() {
-            config::Token::Label(label) => TokenChoice::Label(label),
-            config::Token::Serial(serial) => TokenChoice::Serial(serial),
-            config::Token::Slot(slot) => TokenChoice::Slot(slot),
-        },
-        pin: hsm.pin.clone().into(),
+        token,
+        pin,
         sessions: hsm.sessions,
         queue: QUEUE,
         deadline: hsm.deadline,
@@ -84,17 +91,17 @@ pub fn settings(hsm: &config::Hsm) -> Settings {
     }
 }
 
-fn unlock(open: Arc<Open>, pin: Pin) -> watch::Receiver<Door> {
+fn unlock(open: Arc<Open>) -> watch::Receiver<Door> {
     let (news, door) = watch::channel(None);
     let name = "hsm-opening".to_owned();
-    let thread = thread::Builder::new().name(name).spawn(move || keep_opening(&*open, &pin, &news));
+    let thread = thread::Builder::new().name(name).spawn(move || keep_opening(&*open, &news));
     if let Err(error) = thread {
         tracing::error!("The HSM cannot be opened, no thread can be started: {error}");
     }
     door
 }
 
-fn keep_opening(open: &Open, pin: &Pin, news: &watch::Sender<Door>) {
+fn keep_opening(open: &Open, news: &watch::Sender<Door>) {
     let mut told = None;
     while !news.is_closed() {
         let answer = match open() {
@@ -108,16 +115,12 @@ fn keep_opening(open: &Open, pin: &Pin, news: &watch::Sender<Door>) {
             }
             answer => answer,
         };
-        let done =
-            !matches!(answer, Err(VaultError::Unavailable { .. } | VaultError::Credential(_)));
+        let done = !matches!(answer, Err(VaultError::Unavailable { .. }));
         news.send_replace(Some(answer));
         if done {
             return;
         }
         thread::sleep(PAUSE);
-        while pin.is_refused() && !news.is_closed() {
-            thread::sleep(PAUSE);
-        }
     }
 }
 

@@ -17,7 +17,7 @@ use kms_hsm::{Sealed, VaultError, Wrapped};
 use uuid::Uuid;
 
 pub use self::hsm::{Hsm, settings};
-use super::{Error, KeyService, NewDek, Unwrapped};
+use super::{Backend, Error, KeyService, NewDek, Unwrapped};
 use crate::sealer::{Call, Refusal};
 
 const NEW_DEK: usize = 32;
@@ -84,8 +84,10 @@ impl Pkcs11Crk {
             VaultError::Unavailable { .. } => {
                 Error::Unreachable { text: format!("Unavailable: {error}") }
             }
-            VaultError::TimedOut => Error::TimedOut,
-            VaultError::Busy => Error::Overloaded { text: error.to_string() },
+            VaultError::TimedOut => Error::TimedOut(Backend::Hsm),
+            VaultError::Busy => {
+                Error::Overloaded { backend: Backend::Hsm, text: error.to_string() }
+            }
             VaultError::BadInput(_)
             | VaultError::Exists
             | VaultError::Capacity(_)
@@ -96,6 +98,10 @@ impl Pkcs11Crk {
 
 #[async_trait]
 impl KeyService for Pkcs11Crk {
+    fn backend(&self) -> Backend {
+        Backend::Hsm
+    }
+
     async fn wrap_new(&self, call: &Call) -> Result<NewDek, Error> {
         let Some((id, name)) = &self.version else {
             let text = format!("the configuration names no version of CRK {} to wrap", self.crk);

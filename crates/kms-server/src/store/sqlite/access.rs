@@ -2,7 +2,7 @@
 
 use super::rows::{caller, nanoseconds, optional_stamp, service_ids, stamp, uuid};
 use super::{SqliteStore, Tx};
-use crate::policy::{ApiKeySecret, Caller, Credential};
+use crate::policy::{ApiKeySecret, Caller, Credential, Role};
 use crate::store::{Access, ApiKey, ApiKeyHash, NewSecret, Policy, Profile, ServiceId, StoreError};
 use async_trait::async_trait;
 use sqlx::Row;
@@ -50,10 +50,26 @@ impl Access for SqliteStore {
     }
 
     async fn remove_policy(&self, id: Uuid) -> Result<bool, StoreError> {
+        let mut tx = self.write().await?;
+        let others: Option<i64> = sqlx::query_scalar(
+            "SELECT (SELECT count(*) FROM policies
+                     WHERE role = it.role AND instance_id IS NULL AND id <> it.id)
+             FROM policies it WHERE id = ? AND role = ? AND instance_id IS NULL",
+        )
+        .bind(id.to_string())
+        .bind(Role::ClusterAdministrator.name())
+        .fetch_optional(&mut *tx)
+        .await?;
+        if others == Some(0) {
+            let why = "this is the last ClusterAdministrator of the server, without whom nobody can \
+                       manage it: give another service ID that role first";
+            return Err(StoreError::Conflict(why.into()));
+        }
         let done = sqlx::query("DELETE FROM policies WHERE id = ?")
             .bind(id.to_string())
-            .execute(&self.pool)
+            .execute(&mut *tx)
             .await?;
+        tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
@@ -192,35 +208,56 @@ impl Access for SqliteStore {
         secret: &ApiKeySecret,
         now: OffsetDateTime,
     ) -> Result<Option<Caller>, StoreError> {
-        let rows = sqlx::query(
-            "SELECT s.id, a.id AS api_key, ?3 AS generation, p.role, p.instance_id, p.key_id
-             FROM api_keys a JOIN service_ids s ON s.id = a.service_id
-                  LEFT JOIN policies p ON p.service_id = s.id
-             WHERE a.id = ?1 AND s.id = ?2
-               AND (a.generation = ?3 OR (a.generation = ?3 + 1 AND a.old_until > ?4))
-               AND a.revoked_at IS NULL AND a.locked_at IS NULL",
-        )
-        .bind(secret.api_key.to_string())
-        .bind(service_id.to_string())
-        .bind(secret.generation)
-        .bind(nanoseconds(now)?)
-        .fetch_all(&self.pool)
-        .await?;
-        caller(&rows, api_key)
+        let ask = async {
+            let rows = sqlx::query(
+                "SELECT s.id, a.id AS api_key, ?3 AS generation, p.role, p.instance_id, p.key_id,
+                        CASE WHEN a.generation > ?3 THEN a.old_until END AS until
+                 FROM api_keys a JOIN service_ids s ON s.id = a.service_id
+                      LEFT JOIN policies p ON p.service_id = s.id
+                 WHERE a.id = ?1 AND s.id = ?2
+                   AND (a.generation = ?3 OR (a.generation = ?3 + 1 AND a.old_until IS NOT NULL))
+                   AND a.revoked_at IS NULL AND a.locked_at IS NULL",
+            )
+            .bind(secret.api_key.to_string())
+            .bind(service_id.to_string())
+            .bind(secret.generation)
+            .fetch_all(&self.pool)
+            .await?;
+            known(&rows)
+        };
+        let known = self.callers.get(&self.wal_index, (service_id, *secret), ask).await?;
+        Ok(known.filter(|known| known.until.is_none_or(|end| end > now)).map(|known| known.caller))
     }
 
     async fn caller_by_profile(&self, id: Uuid) -> Result<Option<Caller>, StoreError> {
-        let rows = sqlx::query(
-            "SELECT s.id, f.id AS profile, p.role, p.instance_id, p.key_id
-             FROM profiles f JOIN service_ids s ON s.id = f.service_id
-                  LEFT JOIN policies p ON p.service_id = s.id
-             WHERE f.id = ?",
-        )
-        .bind(id.to_string())
-        .fetch_all(&self.pool)
-        .await?;
-        caller(&rows, |row| Ok(Credential::Profile(uuid(row, "profile")?)))
+        let ask = async {
+            let rows = sqlx::query(
+                "SELECT s.id, f.id AS profile, p.role, p.instance_id, p.key_id
+                 FROM profiles f JOIN service_ids s ON s.id = f.service_id
+                      LEFT JOIN policies p ON p.service_id = s.id
+                 WHERE f.id = ?",
+            )
+            .bind(id.to_string())
+            .fetch_all(&self.pool)
+            .await?;
+            caller(&rows, |row| Ok(Credential::Profile(uuid(row, "profile")?)))
+        };
+        self.profiles.get(&self.wal_index, id, ask).await
     }
+}
+
+/// A caller by one secret of an API key, and when that ends because there is a newer one. No time is in the question,
+/// so the answer stays right while time passes.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    caller: Caller,
+    until: Option<OffsetDateTime>,
+}
+
+fn known(rows: &[SqliteRow]) -> Result<Option<Known>, StoreError> {
+    let Some(caller) = caller(rows, api_key)? else { return Ok(None) };
+    let until = rows.first().map(|row| optional_stamp(row, "until")).transpose()?.flatten();
+    Ok(Some(Known { caller, until }))
 }
 
 fn api_key(row: &SqliteRow) -> Result<Credential, StoreError> {

@@ -1,10 +1,10 @@
 //! Whole databases: read as they are, and copied while others write to them.
 
-use super::{BUSY_TIMEOUT, SqliteStore, make_private, migrations};
+use super::{BUSY_TIMEOUT, SqliteStore, make_private, migrations, number};
 use crate::store::StoreError;
 use sqlx::Row;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePoolOptions};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// How many rows there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +14,16 @@ pub struct Counts {
     pub versions: i64,
     pub service_ids: i64,
     pub api_keys: i64,
+}
+
+/// What SQLite keeps beside `database` and takes for a part of it, whichever file it finds there under that name.
+#[must_use]
+pub fn sides(database: &Path) -> [PathBuf; 3] {
+    ["-wal", "-shm", "-journal"].map(|side| {
+        let mut name = database.as_os_str().to_owned();
+        name.push(side);
+        name.into()
+    })
 }
 
 impl SqliteStore {
@@ -54,6 +64,42 @@ impl SqliteStore {
             .to_str()
             .ok_or_else(|| StoreError::Unavailable(format!("{}: not UTF-8", target.display())))?;
         sqlx::query("VACUUM INTO ?").bind(name).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Looks through the whole of `file`, which nobody uses, as it is on disk: no log beside it is read or made.
+    ///
+    /// # Errors
+    /// `Corrupt`, with what SQLite says; `Unavailable` when the file cannot be read.
+    pub async fn inspect(file: &Path) -> Result<(), StoreError> {
+        let options = SqliteConnectOptions::new().filename(file).immutable(true).read_only(true);
+        let pool = SqlitePoolOptions::new().max_connections(1).connect_with(options).await?;
+        let found: Vec<String> =
+            sqlx::query_scalar("PRAGMA integrity_check(5)").fetch_all(&pool).await?;
+        let strays = sqlx::query("PRAGMA foreign_key_check").fetch_all(&pool).await?.len();
+        pool.close().await;
+        if found != ["ok"] {
+            return Err(StoreError::Corrupt(format!("{}: {}", file.display(), found.join("; "))));
+        }
+        match strays {
+            0 => Ok(()),
+            rows => Err(StoreError::Corrupt(format!(
+                "{}: {rows} rows refer to others that are not there",
+                file.display()
+            ))),
+        }
+    }
+
+    /// Adds `uses` to how often each version may have been used with AES-GCM, up to `limit`.
+    ///
+    /// # Errors
+    /// The database cannot be written.
+    pub async fn add_gcm_uses(&self, uses: u64, limit: u64) -> Result<(), StoreError> {
+        sqlx::query("UPDATE key_versions SET gcm_uses = max(gcm_uses, min(gcm_uses + ?, ?))")
+            .bind(number(uses)?)
+            .bind(number(limit)?)
+            .execute(&self.pool)
+            .await?;
         Ok(())
     }
 

@@ -1,8 +1,9 @@
 //! Check values, and the token they were seen in.
 
-use super::rows::{stamp, uuid};
-use super::{SqliteStore, expect_one};
-use crate::store::{Custody, KnownVersion, StoreError};
+use super::rows::{nanoseconds, stamp, uuid};
+use super::{SqliteStore, expect_one, number};
+use crate::store::{Adopted, Custody, KnownVersion, StoreError};
+use crate::uses;
 use async_trait::async_trait;
 use kms_hsm::CheckValue;
 use sqlx::Row;
@@ -23,6 +24,17 @@ impl Custody for SqliteStore {
         rows.iter().map(known_version).collect()
     }
 
+    async fn most_gcm_uses(&self) -> Result<u64, StoreError> {
+        let most: Option<i64> = sqlx::query_scalar(
+            "SELECT MAX(v.gcm_uses) FROM key_versions v JOIN keys k ON k.id = v.key_id
+             WHERE k.deleted_at IS NULL AND v.number = (
+                 SELECT MAX(number) FROM key_versions WHERE key_id = k.id)",
+        )
+        .fetch_one(&self.pool)
+        .await?;
+        Ok(most.unwrap_or_default().unsigned_abs())
+    }
+
     async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError> {
         let done = sqlx::query(
             "UPDATE key_versions SET check_value = ?1
@@ -33,6 +45,24 @@ impl Custody for SqliteStore {
         .execute(&self.pool)
         .await?;
         expect_one(done.rows_affected(), "the version does not exist or has another check value")
+    }
+
+    async fn adopt_version(&self, adopted: &Adopted) -> Result<(), StoreError> {
+        // Below the first number: a lower one than any wraps with.
+        let done = sqlx::query(
+            "INSERT INTO key_versions (id, key_id, number, created_at, check_value, gcm_uses)
+             SELECT ?1, key_id, min(number) - 1, ?3, ?4, ?5 FROM key_versions
+             WHERE key_id = ?2 AND number IS NOT NULL GROUP BY key_id
+             ON CONFLICT (id) DO NOTHING",
+        )
+        .bind(adopted.version.to_string())
+        .bind(adopted.key.to_string())
+        .bind(nanoseconds(adopted.at)?)
+        .bind(adopted.check_value.as_slice())
+        .bind(number(uses::LIMIT)?)
+        .execute(&self.pool)
+        .await?;
+        expect_one(done.rows_affected(), "the key does not exist, or the version is known")
     }
 
     async fn token_serial(&self) -> Result<Option<String>, StoreError> {

@@ -5,20 +5,25 @@
 mod access;
 mod copy;
 mod custody;
+mod recent;
 mod rows;
 mod trail;
 
 use super::{
-    FirstContent, Instance, Key, NewKey, Page, SigningKey, Store, StoreError, Version, Wanted,
+    FirstContent, Instance, Key, NewKey, Page, Reserved, SigningKey, Store, StoreError, Version,
+    Wanted,
 };
-use access::{insert_api_key, insert_service_id};
+use crate::policy::{ApiKeySecret, Caller};
+use access::{Known, insert_api_key, insert_service_id};
 use async_trait::async_trait;
+pub use copy::sides;
+use recent::{Recent, WalIndex};
 use rows::{key, nanoseconds, reach, signing_key, stamp, states, uuid};
 use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
-use sqlx::{Row, SqlSafeStr, Sqlite, Transaction};
+use sqlx::{ConnectOptions, Connection, Row, SqlSafeStr, Sqlite, Transaction};
 use std::collections::HashSet;
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -37,6 +42,11 @@ pub struct SqliteStore {
     pool: SqlitePool,
     /// Instances that were found once. None is ever removed, so each is looked for once, not with every request.
     instances: Mutex<HashSet<Uuid>>,
+    wal_index: WalIndex,
+    /// By instance and id.
+    keys: Recent<(Uuid, Uuid), Key>,
+    callers: Recent<(Uuid, ApiKeySecret), Known>,
+    profiles: Recent<Uuid, Caller>,
 }
 
 impl SqliteStore {
@@ -46,6 +56,7 @@ impl SqliteStore {
     /// `Unavailable` when the file is missing (unless `create`) or cannot be used, or was written by a newer server.
     pub async fn open(file: &Path, create: bool) -> Result<Self, StoreError> {
         if create {
+            refuse_remains(file)?;
             make_private(file)
                 .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
         }
@@ -57,10 +68,17 @@ impl SqliteStore {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(BUSY_TIMEOUT);
+        // The pool opens two at once, and two that turn one file to WAL fail with "database is locked".
+        let alone = async { options.connect().await?.close().await };
+        alone.await.map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
         let pool = SqlitePoolOptions::new()
             .max_connections(CONNECTIONS)
             // A file does not hang up. Asking first would be one more way to another thread and back, for each query.
             .test_before_acquire(false)
+            // With the last connection SQLite removes the WAL index.
+            .min_connections(1)
+            .idle_timeout(None)
+            .max_lifetime(None)
             .connect_with(options)
             .await
             .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
@@ -68,11 +86,18 @@ impl SqliteStore {
             .run(&pool)
             .await
             .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
-        Ok(Self::over(pool))
+        Ok(Self { wal_index: WalIndex::of(file), ..Self::over(pool) })
     }
 
     fn over(pool: SqlitePool) -> Self {
-        Self { pool, instances: Mutex::default() }
+        Self {
+            pool,
+            instances: Mutex::default(),
+            wal_index: WalIndex::none(),
+            keys: Recent::new(),
+            callers: Recent::new(),
+            profiles: Recent::new(),
+        }
     }
 
     async fn write(&self) -> Result<Transaction<'static, Sqlite>, StoreError> {
@@ -83,6 +108,18 @@ impl SqliteStore {
 
 fn lock(instances: &Mutex<HashSet<Uuid>>) -> MutexGuard<'_, HashSet<Uuid>> {
     instances.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// SQLite would read what is left of a database that is gone into the new one, or remove it.
+fn refuse_remains(file: &Path) -> Result<(), StoreError> {
+    let left = sides(file).into_iter().find(|side| !file.exists() && side.exists());
+    left.map_or(Ok(()), |side| {
+        Err(StoreError::Unavailable(format!(
+            "{} is there and {} is not: move it away together with its database",
+            side.display(),
+            file.display()
+        )))
+    })
 }
 
 /// Nobody but the server's user reads who may do what. SQLite gives its side files the same mode.
@@ -146,6 +183,12 @@ impl Store for SqliteStore {
         .await?
         .map(|row| signing_key(&row))
         .transpose()
+    }
+
+    async fn add_signing_key(&self, key: &SigningKey) -> Result<(), StoreError> {
+        let mut tx = self.write().await?;
+        insert_signing_key(&mut tx, key).await?;
+        Ok(tx.commit().await?)
     }
 
     async fn add_instance(&self, instance: &Instance) -> Result<(), StoreError> {
@@ -231,47 +274,80 @@ impl Store for SqliteStore {
         key: Uuid,
         version: Uuid,
         at: OffsetDateTime,
+        unless_since: Option<OffsetDateTime>,
     ) -> Result<(), StoreError> {
         let mut tx = self.write().await?;
-        let done = sqlx::query("UPDATE keys SET rotated_at = ? WHERE id = ? AND state = 1")
-            .bind(nanoseconds(at)?)
-            .bind(key.to_string())
-            .execute(&mut *tx)
-            .await?;
-        expect_one(done.rows_affected(), "the key is no longer active")?;
+        let done = sqlx::query(
+            "UPDATE keys SET rotated_at = ?1 WHERE id = ?2 AND state = 1
+                 AND (?3 IS NULL OR rotated_at IS NULL OR rotated_at <= ?3)",
+        )
+        .bind(nanoseconds(at)?)
+        .bind(key.to_string())
+        .bind(unless_since.map(nanoseconds).transpose()?)
+        .execute(&mut *tx)
+        .await?;
+        expect_one(done.rows_affected(), "the key is no longer active, or was rotated meanwhile")?;
         number_version(&mut tx, key, version).await?;
         Ok(tx.commit().await?)
     }
 
-    async fn reserve_gcm_uses(&self, version: Uuid, uses: u64) -> Result<u64, StoreError> {
-        let add = i64::try_from(uses).map_err(|_| StoreError::Conflict("too many uses".into()))?;
+    async fn reserve_gcm_uses(
+        &self,
+        version: Uuid,
+        uses: u64,
+        limit: u64,
+    ) -> Result<Reserved, StoreError> {
         let mut tx = self.write().await?;
-        let sum: Option<i64> = sqlx::query_scalar(
-            "UPDATE key_versions SET gcm_uses = gcm_uses + ? WHERE id = ? RETURNING gcm_uses",
-        )
-        .bind(add)
-        .bind(version.to_string())
-        .fetch_optional(&mut *tx)
-        .await?;
-        let sum = sum.ok_or_else(|| StoreError::Conflict("the version does not exist".into()))?;
-        tx.commit().await?;
-        Ok(sum.unsigned_abs())
+        let before: Option<i64> =
+            sqlx::query_scalar("SELECT gcm_uses FROM key_versions WHERE id = ?")
+                .bind(version.to_string())
+                .fetch_optional(&mut *tx)
+                .await?;
+        let before =
+            before.ok_or_else(|| StoreError::Conflict("the version does not exist".into()))?;
+        let before = before.unsigned_abs();
+        let granted = uses.min(limit.saturating_sub(before));
+        if granted > 0 {
+            sqlx::query("UPDATE key_versions SET gcm_uses = gcm_uses + ? WHERE id = ?")
+                .bind(number(granted)?)
+                .bind(version.to_string())
+                .execute(&mut *tx)
+                .await?;
+            tx.commit().await?;
+        }
+        Ok(Reserved { granted, total: before + granted })
+    }
+
+    async fn return_gcm_uses(&self, uses: &[(Uuid, u64)]) -> Result<(), StoreError> {
+        if uses.is_empty() {
+            return Ok(());
+        }
+        let mut tx = self.write().await?;
+        for (version, uses) in uses {
+            sqlx::query("UPDATE key_versions SET gcm_uses = max(gcm_uses - ?, 0) WHERE id = ?")
+                .bind(number(*uses)?)
+                .bind(version.to_string())
+                .execute(&mut *tx)
+                .await?;
+        }
+        Ok(tx.commit().await?)
     }
 
     async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError> {
-        sqlx::query(
-            "SELECT k.*, v.id AS version_id, v.created_at AS version_created_at
-             FROM keys k JOIN key_versions v ON v.key_id = k.id
-             WHERE k.instance_id = ? AND k.id = ? AND k.state <> -1 AND v.number IS NOT NULL
-             ORDER BY v.number DESC LIMIT 1",
-        )
-        .bind(instance.to_string())
-        .bind(id.to_string())
-        .fetch_optional(&self.pool)
-        .await?
-        .as_ref()
-        .map(key)
-        .transpose()
+        let ask = async {
+            let row = sqlx::query(
+                "SELECT k.*, v.id AS version_id, v.created_at AS version_created_at
+                 FROM keys k JOIN key_versions v ON v.key_id = k.id
+                 WHERE k.instance_id = ? AND k.id = ? AND k.state <> -1 AND v.number IS NOT NULL
+                 ORDER BY v.number DESC LIMIT 1",
+            )
+            .bind(instance.to_string())
+            .bind(id.to_string())
+            .fetch_optional(&self.pool)
+            .await?;
+            row.as_ref().map(key).transpose()
+        };
+        self.keys.get(&self.wal_index, (instance, id), ask).await
     }
 
     async fn keys(
@@ -417,6 +493,10 @@ async fn number_version(tx: &mut Tx, key: Uuid, version: Uuid) -> Result<(), Sto
     .execute(&mut **tx)
     .await?;
     expect_one(done.rows_affected(), "the version is not pending")
+}
+
+fn number(uses: u64) -> Result<i64, StoreError> {
+    i64::try_from(uses).map_err(|_| StoreError::Conflict("too many uses".into()))
 }
 
 fn expect_one(rows: u64, otherwise: &str) -> Result<(), StoreError> {

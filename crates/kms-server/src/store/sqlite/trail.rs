@@ -66,4 +66,16 @@ impl Trail for SqliteStore {
         let kept = self.audit_key().await?;
         kept.ok_or_else(|| StoreError::Corrupt("audit_keys is empty".into()))
     }
+
+    async fn replace_audit_key(&self, key: &SigningKey) -> Result<(), StoreError> {
+        let mut tx = self.write().await?;
+        sqlx::query("UPDATE audit_keys SET id = ?, modulus = ?, exponent = ?, created_at = ?")
+            .bind(key.id.to_string())
+            .bind(&key.public.n)
+            .bind(&key.public.e)
+            .bind(nanoseconds(key.created_at)?)
+            .execute(&mut *tx)
+            .await?;
+        Ok(tx.commit().await?)
+    }
 }

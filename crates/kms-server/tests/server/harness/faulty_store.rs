@@ -5,9 +5,9 @@ use kms_core::audit::Link;
 use kms_hsm::CheckValue;
 use kms_server::policy::{ApiKeySecret, Caller};
 use kms_server::store::{
-    Access, ApiKey, ApiKeyHash, Custody, FirstContent, Instance, Key, KnownVersion, NewKey,
-    NewSecret, Page, Policy, Profile, ServiceId, SigningKey, SqliteStore, Store, StoreError, Trail,
-    Version, Wanted,
+    Access, Adopted, ApiKey, ApiKeyHash, Custody, FirstContent, Instance, Key, KnownVersion,
+    NewKey, NewSecret, Page, Policy, Profile, Reserved, ServiceId, SigningKey, SqliteStore, Store,
+    StoreError, Trail, Version, Wanted,
 };
 use time::OffsetDateTime;
 use tokio::sync::watch;
@@ -16,6 +16,7 @@ use uuid::Uuid;
 /// The steps at which a crash is worth a test.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
+    Probe,
     BeginKey,
     KeepCheckValue,
     ActivateKey,
@@ -25,6 +26,8 @@ pub(crate) enum Step {
     DeleteKey,
     RotateApiKey,
     RevokeApiKey,
+    ReserveUses,
+    KeepAuditKey,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -179,14 +182,18 @@ impl Trail for FaultyStore {
     }
 
     async fn keep_audit_key(&self, key: &SigningKey) -> Result<SigningKey, StoreError> {
-        self.read()?.keep_audit_key(key).await
+        self.step(Step::KeepAuditKey, self.read()?.keep_audit_key(key)).await
+    }
+
+    async fn replace_audit_key(&self, key: &SigningKey) -> Result<(), StoreError> {
+        self.read()?.replace_audit_key(key).await
     }
 }
 
 #[async_trait]
 impl Store for FaultyStore {
     async fn probe(&self) -> Result<(), StoreError> {
-        self.read()?.probe().await
+        self.step(Step::Probe, self.read()?.probe()).await
     }
 
     async fn close(&self) {
@@ -199,6 +206,10 @@ impl Store for FaultyStore {
 
     async fn signing_key(&self) -> Result<Option<SigningKey>, StoreError> {
         self.read()?.signing_key().await
+    }
+
+    async fn add_signing_key(&self, key: &SigningKey) -> Result<(), StoreError> {
+        self.read()?.add_signing_key(key).await
     }
 
     async fn add_instance(&self, instance: &Instance) -> Result<(), StoreError> {
@@ -225,8 +236,18 @@ impl Store for FaultyStore {
         self.step(Step::BeginVersion, self.store.begin_version(key, version)).await
     }
 
-    async fn reserve_gcm_uses(&self, version: Uuid, uses: u64) -> Result<u64, StoreError> {
-        self.store.reserve_gcm_uses(version, uses).await
+    async fn reserve_gcm_uses(
+        &self,
+        version: Uuid,
+        uses: u64,
+        limit: u64,
+    ) -> Result<Reserved, StoreError> {
+        let reserve = self.read()?.reserve_gcm_uses(version, uses, limit);
+        self.step(Step::ReserveUses, reserve).await
+    }
+
+    async fn return_gcm_uses(&self, uses: &[(Uuid, u64)]) -> Result<(), StoreError> {
+        self.read()?.return_gcm_uses(uses).await
     }
 
     async fn activate_version(
@@ -234,8 +255,10 @@ impl Store for FaultyStore {
         key: Uuid,
         version: Uuid,
         at: OffsetDateTime,
+        unless_since: Option<OffsetDateTime>,
     ) -> Result<(), StoreError> {
-        self.step(Step::ActivateVersion, self.store.activate_version(key, version, at)).await
+        let activate = self.store.activate_version(key, version, at, unless_since);
+        self.step(Step::ActivateVersion, activate).await
     }
 
     async fn key(&self, instance: Uuid, id: Uuid) -> Result<Option<Key>, StoreError> {
@@ -285,8 +308,16 @@ impl Custody for FaultyStore {
         self.read()?.known_versions().await
     }
 
+    async fn most_gcm_uses(&self) -> Result<u64, StoreError> {
+        self.read()?.most_gcm_uses().await
+    }
+
     async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError> {
         self.step(Step::KeepCheckValue, self.store.keep_check_value(version, value)).await
+    }
+
+    async fn adopt_version(&self, adopted: &Adopted) -> Result<(), StoreError> {
+        self.read()?.adopt_version(adopted).await
     }
 
     async fn token_serial(&self) -> Result<Option<String>, StoreError> {

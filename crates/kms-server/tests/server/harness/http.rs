@@ -48,6 +48,44 @@ pub(crate) async fn ask(
     try_ask(address, ca, method, path, headers, body).await.unwrap()
 }
 
+/// A connection that stays open, for requests whose time must not be that of a handshake.
+pub(crate) struct Connection(TlsStream<TcpStream>);
+
+impl Connection {
+    pub(crate) async fn open(address: SocketAddr, ca: &Path) -> Connection {
+        Connection(connect(address, ca).await)
+    }
+
+    /// One request with a body; its answer must have one, too.
+    pub(crate) async fn ask(&mut self, request: &Request) -> Answer {
+        self.0.write_all(request.0.as_bytes()).await.unwrap();
+        let mut text = Vec::new();
+        loop {
+            assert_ne!(self.0.read_buf(&mut text).await.unwrap(), 0, "the server has hung up");
+            let text = std::str::from_utf8(&text).unwrap();
+            let Some((head, body)) = text.split_once("\r\n\r\n") else { continue };
+            let length = head.split_once("content-length: ").unwrap().1;
+            let length: usize = length.split("\r\n").next().unwrap().parse().unwrap();
+            if body.len() == length {
+                return parse(text);
+            }
+        }
+    }
+}
+
+/// As it is written to a [`Connection`].
+pub(crate) struct Request(String);
+
+impl Request {
+    pub(crate) fn new(method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Request {
+        let mut text = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\n");
+        for (name, value) in headers {
+            text.push_str(&format!("{name}: {value}\r\n"));
+        }
+        Request(format!("{text}content-length: {}\r\n\r\n{body}", body.len()))
+    }
+}
+
 /// `None` where the server is gone before it has answered.
 pub(crate) async fn try_ask(
     address: SocketAddr,

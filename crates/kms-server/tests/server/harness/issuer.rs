@@ -126,17 +126,22 @@ async fn answer(stream: TcpStream, acceptor: TlsAcceptor, said: Arc<Said>) {
             Err(_) => return,
         }
     }
-    let path = String::from_utf8_lossy(&request).split(' ').nth(1).unwrap().to_owned();
-    let body = match path.as_str() {
-        "/.well-known/openid-configuration" => said.discovery.lock().unwrap().clone(),
+    let request = String::from_utf8_lossy(&request).into_owned();
+    let (status, body) = match request.split(' ').nth(1).unwrap() {
+        "/.well-known/openid-configuration" => ("200 OK", said.discovery.lock().unwrap().clone()),
+        // As kube-apiserver does: a key set goes by its own name only.
+        "/keys" if !request.contains("application/jwk-set+json") => {
+            ("406 Not Acceptable", String::new())
+        }
         "/keys" => {
             said.asked.fetch_add(1, Ordering::SeqCst);
-            said.keys.lock().unwrap().clone()
+            ("200 OK", said.keys.lock().unwrap().clone())
         }
-        _ => String::new(),
+        _ => ("200 OK", String::new()),
     };
     let length = body.len();
-    let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+    let head =
+        format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
     let _ = stream.write_all(format!("{head}{body}").as_bytes()).await;
     let _ = stream.shutdown().await;
 }

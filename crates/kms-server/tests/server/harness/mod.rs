@@ -1,6 +1,7 @@
 //! The whole server over real sockets: TLS, three listeners, SQLite in a fresh directory, a vault in memory, and a
 //! clock that moves only when told to.
 
+pub(crate) mod canary;
 pub(crate) mod faulty_store;
 pub(crate) mod http;
 pub(crate) mod issuer;
@@ -15,6 +16,7 @@ use kms_daemon::lifecycle::Shutdown;
 use kms_hsm::memory::MemoryVault;
 use kms_server::app::{App, Settings};
 use kms_server::audit::Audit;
+use kms_server::failures::Failures;
 use kms_server::gate::Gates;
 use kms_server::guard::Guarded;
 use kms_server::health::Health;
@@ -37,7 +39,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tempfile::TempDir;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use uuid::Uuid;
 
@@ -104,7 +107,11 @@ impl Server {
 
     /// One, and a second over the same database and HSM.
     pub(crate) async fn start_pair() -> (Server, Server) {
-        let server = Server::start().await;
+        Server::start_pair_with(Server::SETTINGS).await
+    }
+
+    pub(crate) async fn start_pair_with(settings: Settings) -> (Server, Server) {
+        let server = Server::start_with(settings).await;
         let dir = Arc::new(TempDir::new().unwrap());
         make_certificates(dir.path());
         let (clock, vault) = (server.clock.clone(), server.vault.clone());
@@ -154,6 +161,7 @@ impl Server {
             settings,
             gates: Gates::new(),
             limits: Limits::new(limits, clock.clone()),
+            failures: Failures::default(),
             metrics: Metrics::new(),
             health: Health::unknown(),
             uses: kms_server::uses::Uses::default(),
@@ -329,6 +337,17 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.shutdown.request();
     }
+}
+
+/// What the health port answers.
+pub(crate) async fn health(server: &Server, path: &str, accept: &str) -> String {
+    let mut stream = TcpStream::connect(server.health).await.unwrap();
+    let request =
+        format!("GET {path} HTTP/1.1\r\nhost: x\r\naccept: {accept}\r\nconnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
 }
 
 pub(crate) fn new_key(name: &str) -> String {

@@ -9,6 +9,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -18,14 +19,21 @@ const LIBRARIES: [&str; 3] = [
     "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
 ];
 
-/// One host: configuration, database, audit log, token.
+/// Far more than SoftHSM2 needs, in milliseconds.
+const PATIENCE: u64 = 30_000;
+
+/// One host: configuration, database, audit log, token. Or one more server on it.
 pub(crate) struct Rig {
-    pub(crate) dir: TempDir,
+    pub(crate) dir: Arc<TempDir>,
+    /// Whose configuration, audit log and messages are this server's own.
+    node: &'static str,
     pub(crate) control: Control,
     library: PathBuf,
     addresses: [SocketAddr; 3],
     pub(crate) instance: String,
     pub(crate) api_key: String,
+    /// The HSM's deadline is one that no loaded machine reaches: for tests in which an answer to come again is a failure.
+    patient: bool,
     child: Option<Child>,
 }
 
@@ -41,6 +49,14 @@ impl Rig {
         Some(rig)
     }
 
+    /// One that gives the HSM all the time it wants.
+    pub(crate) fn make_patient() -> Option<Rig> {
+        let mut rig = Rig::make()?;
+        rig.patient = true;
+        rig.configure("process");
+        Some(rig)
+    }
+
     /// A host with nothing on it.
     pub(crate) fn bare() -> Option<Rig> {
         let Some(library) = LIBRARIES.iter().map(PathBuf::from).find(|path| path.is_file()) else {
@@ -48,7 +64,7 @@ impl Rig {
             eprintln!("skipped, no SoftHSM2: apt-get install softhsm2");
             return None;
         };
-        let dir = TempDir::new().unwrap();
+        let dir = Arc::new(TempDir::new().unwrap());
         make_certificates(dir.path());
         let tokens = dir.path().join("tokens");
         fs::create_dir(&tokens).unwrap();
@@ -58,22 +74,48 @@ impl Rig {
         let addresses = free_addresses();
         let control = Control::new(&dir.path().join("control"));
         let (instance, api_key) = (String::new(), String::new());
-        let rig = Rig { dir, control, library, addresses, instance, api_key, child: None };
+        let node = "rig";
+        let (patient, child) = (false, None);
+        let rig = Rig { dir, node, control, library, addresses, instance, api_key, patient, child };
         rig.configure("process");
         Some(rig)
+    }
+
+    /// One more server in front of the same token and database, not started.
+    pub(crate) fn replica(&self, node: &'static str) -> Rig {
+        let rig = Rig {
+            dir: self.dir.clone(),
+            node,
+            control: Control::new(&self.path("control")),
+            library: self.library.clone(),
+            addresses: free_addresses(),
+            instance: self.instance.clone(),
+            api_key: self.api_key.clone(),
+            patient: self.patient,
+            child: None,
+        };
+        rig.configure("process");
+        rig
     }
 
     /// `none`: the library, and what is injected into it, is in the server itself.
     pub(crate) fn configure(&self, isolation: &str) {
         let (dir, [keys, tokens, health]) = (self.dir.path().display(), self.addresses);
         let library = pkcs11_shim::library().unwrap();
+        let audit = self.path(&self.own("audit.log"));
+        let audit = audit.display();
+        let deadline = match self.patient {
+            true => format!("  DEADLINE_IN_MILLISECONDS: {PATIENCE}\n"),
+            false => String::new(),
+        };
         let text = format!(
             "SERVER_CONFIG:\n  KEYS_ADDRESS: \"{keys}\"\n  TOKENS_ADDRESS: \"{tokens}\"\n  \
              HEALTH_ADDRESS: \"{health}\"\n  TLS_CERT_FILE: \"{dir}/tls.crt\"\n  \
              TLS_KEY_FILE: \"{dir}/tls.key\"\n  DATABASE_URL: \"sqlite://{dir}/kms.db\"\n  \
-             AUDIT_FILE: \"{dir}/audit.log\"\n  MAX_RATE_PER_INSTANCE: 0\n\
+             AUDIT_FILE: \"{audit}\"\n  NODE_ID: \"{}\"\n  MAX_RATE_PER_INSTANCE: 0\n\
              HSM:\n  PKCS11_LIBRARY: \"{}\"\n  TOKEN_LABEL: \"rig\"\n  PIN: \"582910\"\n  \
-             SO_PIN_FILE: \"{dir}/so-pin\"\n  ISOLATION: \"{isolation}\"\n",
+             SO_PIN_FILE: \"{dir}/so-pin\"\n  ISOLATION: \"{isolation}\"\n{deadline}",
+            self.node,
             library.display()
         );
         fs::write(self.config(), text).unwrap();
@@ -95,6 +137,20 @@ impl Rig {
         self.command(arguments).output().unwrap()
     }
 
+    /// Runs the test `name` of this binary once more, as a process that sees the token and `variable`. SoftHSM2 reads
+    /// from the environment where its tokens are, and a process cannot change its own.
+    pub(crate) fn in_a_process(&self, name: &str, variable: &str, value: &str) {
+        let child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env("SOFTHSM2_CONF", self.path("softhsm2.conf"))
+            .env(pkcs11_shim::MODULE, &self.library)
+            .env(variable, value)
+            .output()
+            .unwrap();
+        let out = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && out.contains("1 passed"), "{out}\n{}", stderr(&child));
+    }
+
     /// What `check` finds, and how it ends.
     pub(crate) fn check(&self) -> (i32, Value) {
         let done = self.run(&["check", "-o", "json"]);
@@ -105,30 +161,41 @@ impl Rig {
     /// Starts the server and waits until it is ready.
     pub(crate) async fn start(&mut self) {
         self.spawn();
+        self.becomes("200 OK").await;
+    }
+
+    /// Waits until the answer about its readiness says so.
+    pub(crate) async fn becomes(&mut self, wanted: &str) -> String {
         let mut last = String::new();
         for _ in 0..3000 {
             last = self.readiness().await;
-            if last.contains("200 OK") {
-                return;
+            if last.contains(wanted) {
+                return last;
             }
             assert!(self.child.as_mut().unwrap().try_wait().unwrap().is_none(), "{}", self.log());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        panic!("never ready: {last}\n{}", self.log());
+        panic!("never {wanted:?}: {last}\n{}", self.log());
     }
 
     pub(crate) fn spawn(&mut self) {
-        let log = fs::File::create(self.dir.path().join("log")).unwrap();
+        let log = fs::File::create(self.path(&self.own("log"))).unwrap();
         let mut command = self.command(&[]);
         command.stdout(Stdio::null()).stderr(log).process_group(0);
         self.child = Some(command.spawn().unwrap());
     }
 
     pub(crate) async fn readiness(&self) -> String {
+        self.health("/readyz").await
+    }
+
+    /// What the health port says; nothing while nobody listens there.
+    pub(crate) async fn health(&self, path: &str) -> String {
         use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let asked = async {
             let mut stream = tokio::net::TcpStream::connect(self.addresses[2]).await?;
-            stream.write_all(b"GET /readyz HTTP/1.0\r\nhost: x\r\n\r\n").await?;
+            let request = format!("GET {path} HTTP/1.0\r\nhost: x\r\n\r\n");
+            stream.write_all(request.as_bytes()).await?;
             let mut answer = String::new();
             stream.read_to_string(&mut answer).await?;
             std::io::Result::Ok(answer)
@@ -159,7 +226,7 @@ impl Rig {
     }
 
     pub(crate) fn log(&self) -> String {
-        fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
+        fs::read_to_string(self.path(&self.own("log"))).unwrap_or_default()
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -180,7 +247,12 @@ impl Rig {
     }
 
     fn config(&self) -> PathBuf {
-        self.dir.path().join("kms-server.yaml")
+        self.path(&self.own("kms-server.yaml"))
+    }
+
+    /// The first server's files have the plain names.
+    fn own(&self, name: &str) -> String {
+        if self.node == "rig" { name.to_owned() } else { format!("{}-{name}", self.node) }
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -192,6 +264,7 @@ impl Rig {
             .env("SOFTHSM2_CONF", self.dir.path().join("softhsm2.conf"))
             .env(pkcs11_shim::MODULE, &self.library)
             .env(pkcs11_shim::CONTROL, self.dir.path().join("control"))
+            .env(pkcs11_shim::COUNTS, self.dir.path().join("counts"))
             .stdin(Stdio::null());
         command
     }
@@ -237,11 +310,6 @@ impl Client {
 
     pub(crate) async fn create(&self, name: &str) -> Option<String> {
         let made = self.call("POST", "", &new_key(name)).await?;
-        if made.status >= 500 {
-            // Refused is not acknowledged: the HSM may have been too busy.
-            eprintln!("{name} was refused: {made:?}");
-            return None;
-        }
         assert_eq!(made.status, 201, "{made:?}");
         Some(made.json()["resources"][0]["id"].as_str().unwrap().to_owned())
     }

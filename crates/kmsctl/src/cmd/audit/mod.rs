@@ -2,6 +2,7 @@
 //! no HSM, no secret is needed.
 
 mod lines;
+mod progress;
 mod query;
 mod show;
 mod tail;
@@ -32,7 +33,7 @@ enum Command {
     /// Show the last records, and with -f those that come
     #[command(after_help = tail::EXAMPLES)]
     Tail(tail::Args),
-    /// Find records by time, caller, key, action, uid or outcome
+    /// Find records by time, caller, key, action, uid, peer or outcome
     #[command(after_help = query::EXAMPLES)]
     Query(query::Args),
 }

@@ -1,8 +1,9 @@
 //! `kmsctl audit query`: the records that fit, in the order of the files. One record at a time is in memory.
 
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use kms_core::audit::{ANCHOR, Content, DONE, Line, parse};
+use kms_core::audit::{ANCHOR, BEGUN, Content, DONE, Line, parse};
 use kms_core::clock::{Clock, SystemClock};
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
@@ -18,6 +19,7 @@ Examples:
   kmsctl audit query /var/log/keelson/audit.jsonl.1 /var/log/keelson/audit.jsonl --since 2h --action unwrap
   kmsctl audit query audit.jsonl --uid 9b1f3c52-6c0e-4a3e-8a55-1d2f6f0b7c11     the call that kube-apiserver made
   kmsctl audit query audit.jsonl --key 11111111-2222-3333-4444-555555555555 --outcome refused -o json
+  kmsctl audit query audit.jsonl --peer 192.0.2.7 --since 1d      what this node asked for
   zcat audit.jsonl.*.gz | kmsctl audit query - --who ServiceId-33333333-4444-5555-6666-777777777777
 
 A record must fit all that is given. What was found says nothing of what was removed: see `kmsctl audit verify`.";
@@ -45,6 +47,9 @@ pub(super) struct Args {
     /// The uid of kube-apiserver's call (its correlation id)
     #[arg(long, value_name = "UID")]
     uid: Option<String>,
+    /// The other end of the connection: an IP address with or without a port (a proxy's, where there is one)
+    #[arg(long, value_name = "ADDRESS", value_parser = Peer::parse)]
+    peer: Option<Peer>,
     /// done, refused, or a reason code such as KEY_NOT_FOUND_ERR
     #[arg(long, value_name = "OUTCOME")]
     outcome: Option<String>,
@@ -94,7 +99,7 @@ impl Args {
             Content::Anchor(_) => {
                 return is(&self.action, Some(ANCHOR))
                     && (&self.who, &self.uid, &self.outcome) == (&None, &None, &None)
-                    && (self.key, self.instance) == (None, None);
+                    && (self.key, self.instance, self.peer) == (None, None, None);
             }
         };
         let caller = event.caller.as_deref().unwrap_or_default();
@@ -103,8 +108,9 @@ impl Args {
             && self.who.as_ref().is_none_or(|who| caller.contains(who))
             && self.key.is_none_or(|key| event.target == Some(key))
             && self.instance.is_none_or(|instance| event.instance == Some(instance))
+            && self.peer.is_none_or(|peer| event.peer.as_deref().is_some_and(|it| peer.is(it)))
             && self.outcome.as_ref().is_none_or(|wanted| match wanted.as_str() {
-                "refused" => event.outcome != DONE,
+                "refused" => event.outcome != DONE && event.outcome != BEGUN,
                 wanted => event.outcome == wanted,
             })
     }
@@ -115,6 +121,32 @@ impl Args {
         }
         OffsetDateTime::parse(line.at(), &Rfc3339).is_ok_and(|at| {
             self.since.is_none_or(|since| at >= since) && self.until.is_none_or(|until| at <= until)
+        })
+    }
+}
+
+/// Without a port: any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Peer {
+    ip: IpAddr,
+    port: Option<u16>,
+}
+
+impl Peer {
+    fn parse(text: &str) -> Result<Peer, String> {
+        let with_port =
+            |peer: SocketAddr| Peer { ip: peer.ip().to_canonical(), port: Some(peer.port()) };
+        let without = |ip: IpAddr| Peer { ip: ip.to_canonical(), port: None };
+        text.parse().map(with_port).or_else(|_| text.parse().map(without)).map_err(|_| {
+            "must be an IP address, with or without a port, such as 192.0.2.7, 192.0.2.7:40000 or [2001:db8::7]:40000"
+                .to_owned()
+        })
+    }
+
+    /// Whether `recorded`, in a record's form, is this one. An address has more than one form.
+    fn is(self, recorded: &str) -> bool {
+        Peer::parse(recorded).is_ok_and(|found| {
+            found.ip == self.ip && (self.port.is_none() || self.port == found.port)
         })
     }
 }
@@ -174,6 +206,25 @@ fn ago(text: &str) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peer_is_an_address_in_any_of_its_forms() {
+        for (asked, recorded, same) in [
+            ("192.0.2.7", "192.0.2.7:40000", true),
+            ("192.0.2.7:40000", "192.0.2.7:40000", true),
+            ("192.0.2.7:40001", "192.0.2.7:40000", false),
+            ("192.0.2.70", "192.0.2.7:40000", false),
+            ("::ffff:192.0.2.7", "192.0.2.7:40000", true),
+            ("2001:db8:0:0::7", "[2001:db8::7]:40000", true),
+            ("[2001:db8::7]:1", "[2001:db8::7]:40000", false),
+            ("192.0.2.7", "somebody", false),
+        ] {
+            assert_eq!(Peer::parse(asked).unwrap().is(recorded), same, "{asked} {recorded}");
+        }
+        for wrong in ["", "kms-0", "192.0.2", "192.0.2.7:", "192.0.2.7:70000"] {
+            assert!(Peer::parse(wrong).unwrap_err().starts_with("must be an IP"), "{wrong}");
+        }
+    }
 
     #[test]
     fn how_long_ago_is_a_number_and_a_unit() {

@@ -22,6 +22,8 @@ pub(super) fn human(line: &Line<'_>) -> String {
                 ("on", id(&event.target)),
                 ("version", id(&event.version)),
                 ("uid", event.correlation.as_deref().map(str::to_owned)),
+                ("from", event.peer.as_deref().map(str::to_owned)),
+                ("times", event.count.map(|count| count.to_string())),
             ];
             let parts = parts.into_iter().filter_map(|(name, value)| Some((name, value?)));
             let parts: Vec<_> = parts.map(|(name, value)| format!("{name} {value}")).collect();

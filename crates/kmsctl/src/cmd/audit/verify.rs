@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use kms_core::audit::anchor::{Anchor, PublicKey};
 use kms_core::audit::parse;
-use kms_core::audit::verify::{Finding, Summary, Verifier};
+use kms_core::audit::verify::{Finding, MAX_UNANCHORED_SECONDS, Summary, Unanchored, Verifier};
 use serde::Serialize;
 
 use super::lines::{Line, Lines, error, is_stdin};
+use super::progress::Progress;
 use crate::error::Error;
 use crate::output::{Format, Output};
 
@@ -74,6 +75,9 @@ struct Chain {
     /// The last record that a good anchor covers; what comes after it only hangs on the chain.
     anchored: u64,
     anchored_at: Option<String>,
+    /// How often records waited for an anchor for longer than a running server with its HSM lets them; no tampering.
+    late: u64,
+    longest: Option<Unanchored>,
 }
 
 #[derive(Debug, Serialize)]
@@ -110,6 +114,7 @@ fn examine(args: &Args) -> Result<Report, Error> {
     let mut witnesses = witnesses(&args.anchor, &keys)?;
     let mut findings = Findings::default();
     let mut chains = Vec::new();
+    let mut progress = Progress::of(&args.files);
     for (node, files) in ordered(&args.files)? {
         // What is on standard input is known only when it is read: there is one chain, and one witness.
         let witness = match node {
@@ -121,7 +126,7 @@ fn examine(args: &Args) -> Result<Report, Error> {
             verifier = verifier.begin_at(first);
         }
         for path in &files {
-            read(path, &mut verifier, &mut findings)?;
+            read(path, &mut verifier, &mut findings, &mut progress)?;
         }
         chains.push(conclude(verifier, files, &mut findings));
     }
@@ -138,11 +143,17 @@ fn examine(args: &Args) -> Result<Report, Error> {
     })
 }
 
-fn read(path: &Path, verifier: &mut Verifier<'_>, findings: &mut Findings) -> Result<(), Error> {
+fn read(
+    path: &Path,
+    verifier: &mut Verifier<'_>,
+    findings: &mut Findings,
+    progress: &mut Progress,
+) -> Result<(), Error> {
     verifier.next_file();
     let mut lines = Lines::open(path)?;
     let mut found = Vec::new();
     while let Some(line) = lines.next()? {
+        progress.add(line.length);
         if line.whole {
             verifier.line(line.bytes, &mut found);
         } else {
@@ -160,8 +171,9 @@ fn conclude(verifier: Verifier<'_>, files: Vec<PathBuf>, findings: &mut Findings
     if let Some(cut) = cut {
         findings.add(files.last().map(PathBuf::as_path), None, &cut);
     }
-    let Summary { node, first, last, records, anchors, anchored, anchored_at } = summary;
-    Chain { node, files, records, first, last, anchors, anchored, anchored_at }
+    let Summary { node, first, last, records, anchors, anchored, anchored_at, late, longest } =
+        summary;
+    Chain { node, files, records, first, last, anchors, anchored, anchored_at, late, longest }
 }
 
 /// The files of each node, oldest records first. One without any record is looked at with those of no node.
@@ -250,6 +262,9 @@ fn show(report: &Report, output: &mut Output<'_>) -> Result<(), Error> {
     }
     for chain in &report.chains {
         output.note(&sentence(chain, report.signatures))?;
+        if let Some(longest) = &chain.longest {
+            output.note(&late(chain.late, longest))?;
+        }
     }
     Ok(())
 }
@@ -267,4 +282,13 @@ fn sentence(chain: &Chain, signatures: bool) -> String {
         count => format!("{count} files"),
     };
     format!("{read} in {files}, {anchors}")
+}
+
+fn late(times: u64, longest: &Unanchored) -> String {
+    let Unanchored { from, to, since, until, seconds } = longest;
+    let times = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+    format!(
+        "  without an anchor for more than {MAX_UNANCHORED_SECONDS} s: {times}, the longest for {seconds} s, records {from} \
+         to {to}, {since} to {until}"
+    )
 }

@@ -1,10 +1,10 @@
-//! Access tokens: an API key traded at the token service, kept until shortly before it ends, and renewed before any
+//! Access tokens: got at the token service for a credential, kept until shortly before they end, and renewed before any
 //! caller has to wait. One request at a time, however many callers need a token; no token or API key is ever
 //! logged, written or shown.
 
+mod credential;
+
 use std::fmt;
-use std::io::Read as _;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use http::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use kms_core::clock::Clock;
 use kms_core::secret::SecretText;
 use tokio::time::{Instant, timeout_at};
-use zeroize::Zeroizing;
 
-use crate::client::https::{Exchange, Https, WipedBuffer, headers, until};
+use crate::client::https::{Exchange, Https, headers, until};
 use crate::client::{Ca, Error, SetupError, USER_AGENT};
-use crate::rest::{API_KEY_GRANT, TokenAnswer};
+use crate::rest::TokenAnswer;
 
-/// A real API key has 44 characters.
-const MAX_API_KEY: u64 = 4096;
+use credential::Shown;
+pub use credential::{Credential, Profile, expiry};
+
 /// No token lives longer here, whatever the service says.
 const MAX_LIFE: Duration = Duration::from_secs(24 * 3600);
 /// A token that ends within this time may end on its way.
@@ -37,14 +37,6 @@ pub struct TokenSettings {
     pub ca: Option<Ca>,
 }
 
-/// Where the API key is.
-#[derive(Debug, Clone)]
-pub enum ApiKeySource {
-    Inline(SecretText),
-    /// Read anew for each token, so a changed file needs no restart. White space around the key is ignored.
-    File(PathBuf),
-}
-
 /// Gives out tokens. Clones share one token.
 #[derive(Clone)]
 pub struct TokenSource {
@@ -53,7 +45,7 @@ pub struct TokenSource {
 
 struct Shared {
     https: Https,
-    api_key: ApiKeySource,
+    credential: Credential,
     clock: Arc<dyn Clock>,
     state: Mutex<State>,
     /// Held by whoever asks the token service; the others wait for what comes of it.
@@ -79,25 +71,26 @@ struct Kept {
 }
 
 impl TokenSource {
-    /// Connects to nothing and reads no API key yet.
+    /// Connects to nothing and reads no file yet.
     ///
     /// # Errors
     /// Settings that no client can be made of.
     pub fn new(
         settings: &TokenSettings,
-        api_key: ApiKeySource,
+        credential: Credential,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, SetupError> {
         let ca = settings.ca.as_ref();
         let https = Https::new("the token service", &settings.url, ca, 1, USER_AGENT)?;
         let (state, asking) = (Mutex::default(), tokio::sync::Mutex::default());
-        Ok(TokenSource { shared: Arc::new(Shared { https, api_key, clock, state, asking }) })
+        Ok(TokenSource { shared: Arc::new(Shared { https, credential, clock, state, asking }) })
     }
 
     /// A token that is good now. Waits only if there is none.
     ///
     /// # Errors
-    /// `Iam` if the API key is refused, `ApiKeyFile` if it cannot be read, `Unreachable`, `TimedOut`, `BadAnswer`.
+    /// `Iam` if the credential is refused; `ApiKeyFile` or `CrTokenFile` if there is none in its file, or one that has
+    /// ended; `Unreachable`, `TimedOut`, `BadAnswer`.
     pub async fn token(&self, deadline: Duration) -> Result<Arc<SecretText>, Error> {
         self.token_until(until(deadline)).await
     }
@@ -136,7 +129,7 @@ impl TokenSource {
             let old = shared.state().token.clone();
             let refused =
                 shared.ask(until(RENEWAL_DEADLINE)).await.is_err_and(|error| error.is_refusal());
-            // A withdrawn API key shows at once, not when the old token ends.
+            // A withdrawn credential shows at once, not when the old token ends.
             if let (true, Some(old)) = (refused, old) {
                 shared.forget(&old.text);
             }
@@ -217,16 +210,20 @@ impl Shared {
 
     async fn request(&self, until: Instant) -> Result<Kept, Error> {
         let asked_at = self.clock.now();
-        let api_key = self.api_key.read()?;
+        let Shown { form, end } = self.credential.show()?;
         let headers = headers([
             (CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded")),
             (ACCEPT, HeaderValue::from_static("application/json")),
         ]);
-        let (method, path, body) = (Method::POST, String::new(), form(&api_key).into_bytes());
+        let (method, path, body) = (Method::POST, String::new(), form.into_bytes());
         let exchange = Exchange { method, path, headers, body, replay: true };
         let answer = self.https.exchange(&exchange, until).await?;
         if !answer.status.is_success() {
-            return Err(Error::from_token_service(self.https.what(), answer.status, &answer.body));
+            let refusal = Error::from_token_service(self.https.what(), answer.status, &answer.body);
+            return Err(match end {
+                Some(end) => end.explain(refusal, self.clock.wall()),
+                None => refusal,
+            });
         }
         let token =
             token_in(&answer.body).ok_or_else(|| self.https.bad_answer("no token is in it"))?;
@@ -259,46 +256,6 @@ fn chance(token: &SecretText) -> u32 {
     u32::from(token.expose().bytes().fold(0, mix))
 }
 
-impl ApiKeySource {
-    fn read(&self) -> Result<SecretText, Error> {
-        match self {
-            ApiKeySource::Inline(key) => Ok(key.clone()),
-            ApiKeySource::File(path) => read_file(path)
-                .map_err(|cause| Error::ApiKeyFile { path: path.display().to_string(), cause }),
-        }
-    }
-}
-
-fn read_file(path: &Path) -> Result<SecretText, String> {
-    let mut text = Zeroizing::new(String::with_capacity(256));
-    let file = std::fs::File::open(path).map_err(|error| error.to_string())?;
-    file.take(MAX_API_KEY).read_to_string(&mut text).map_err(|error| error.to_string())?;
-    match text.trim() {
-        "" => Err("it is empty".to_owned()),
-        key => Ok(SecretText::new(key.to_owned())),
-    }
-}
-
-fn form(api_key: &SecretText) -> WipedBuffer {
-    let mut form = WipedBuffer::with_capacity(256);
-    form.push(b"grant_type=");
-    push_escaped(&mut form, API_KEY_GRANT);
-    form.push(b"&response_type=cloud_iam&apikey=");
-    push_escaped(&mut form, api_key.expose());
-    form
-}
-
-fn push_escaped(form: &mut WipedBuffer, text: &str) {
-    const HEX: &[u8; 16] = b"0123456789ABCDEF";
-    for byte in text.bytes() {
-        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
-            form.push(&[byte]);
-        } else {
-            form.push(&[b'%', HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]]);
-        }
-    }
-}
-
 /// A token that can be sent and lives. None for anything else.
 fn token_in(body: &[u8]) -> Option<TokenAnswer> {
     let answer: TokenAnswer = serde_json::from_slice(body).ok()?;
@@ -311,17 +268,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn an_api_key_is_escaped_in_the_form() {
-        let form = form(&SecretText::new("a+b&c=d/é".to_owned()));
-        let text = String::from_utf8(form.into_bytes().to_vec()).unwrap();
-        assert_eq!(
-            text,
-            "grant_type=urn%3Aibm%3Aparams%3Aoauth%3Agrant-type%3Aapikey\
-             &response_type=cloud_iam&apikey=a%2Bb%26c%3Dd%2F%C3%A9"
-        );
-    }
 
     #[test]
     fn a_token_without_life_or_with_line_breaks_is_none() {
