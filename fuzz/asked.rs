@@ -9,8 +9,10 @@ use kms_core::wdek::WdekVersion;
 use kms_hsm::memory::MemoryVault;
 use kms_server::app::{App, Settings};
 use kms_server::audit::Audit;
+use kms_server::failures::Failures;
 use kms_server::gate::Gates;
 use kms_server::health::Health;
+use kms_server::http;
 use kms_server::init::{Made, fill};
 use kms_server::issuers::Issuers;
 use kms_server::limits::{self, Limits};
@@ -18,7 +20,6 @@ use kms_server::metrics::Metrics;
 use kms_server::store::{SqliteStore, Store};
 use kms_server::token::Issuer;
 use kms_server::uses::Uses;
-use kms_server::http;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
@@ -66,8 +67,13 @@ impl Asked {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
         let folder = tempfile::tempdir().expect("a folder");
         let (app, made) = runtime.block_on(service(folder.path()));
-        let mut asked =
-            Asked { runtime, app: Arc::new(app), headers: String::new(), key: String::new(), _folder: folder };
+        let mut asked = Asked {
+            runtime,
+            app: Arc::new(app),
+            headers: String::new(),
+            key: String::new(),
+            _folder: folder,
+        };
         let form = format!(
             "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={}",
             made.admin.api_key.expose()
@@ -77,9 +83,13 @@ impl Asked {
         let token = token.as_str().expect("a token").to_owned();
         asked.headers = format!("authorization: Bearer {token}\r\nicp-instance: {}", made.instance);
         let (headers, len) = (&asked.headers, NEW_KEY.len());
-        let head = format!("POST /api/v2/keys HTTP/1.1\r\n{headers}\r\ncontent-length: {len}\r\n\r\n");
+        let head =
+            format!("POST /api/v2/keys HTTP/1.1\r\n{headers}\r\ncontent-length: {len}\r\n\r\n");
         let made = json(&asked.keys(format!("{head}{NEW_KEY}").as_bytes()));
-        asked.key = made["resources"][0]["id"].as_str().unwrap_or_else(|| panic!("no key but {made}")).to_owned();
+        asked.key = made["resources"][0]["id"]
+            .as_str()
+            .unwrap_or_else(|| panic!("no key but {made}"))
+            .to_owned();
         asked
     }
 
@@ -152,6 +162,7 @@ async fn service(folder: &std::path::Path) -> (App, Made) {
             wdek_version: WdekVersion::V2_1_0,
             min_rotation_interval: Duration::ZERO,
         },
+        failures: Failures::default(),
         uses: Uses::default(),
         gates: Gates::new(),
         limits: Limits::new(limits, clock.clone()),

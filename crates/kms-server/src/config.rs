@@ -167,6 +167,7 @@ fn limits(section: &mut Section<'_>) -> limits::Settings {
             default.connections_per_address,
         ),
         requests: count("MAX_REQUESTS", default.requests),
+        logins: count("MAX_LOGINS", default.logins),
         ..default
     };
     let rate = u64::from(default.rate_per_instance);
@@ -376,7 +377,7 @@ HSM:
             parse(&GOOD.replace("SERVER_CONFIG:\n", &format!("SERVER_CONFIG:\n{lines}")))
         };
         let set = with(
-            "  MAX_CONNECTIONS: 40\n  MAX_CONNECTIONS_PER_ADDRESS: 4\n  MAX_REQUESTS: 20\n  \
+            "  MAX_CONNECTIONS: 40\n  MAX_CONNECTIONS_PER_ADDRESS: 4\n  MAX_REQUESTS: 20\n  MAX_LOGINS: 5\n  \
              MAX_RATE_PER_INSTANCE: 0\n  IDLE_TIMEOUT_IN_SECONDS: 350\n  CLIENT_CA_FILE: \"/etc/kms/clients.crt\"\n",
         )
         .unwrap()
@@ -385,18 +386,20 @@ HSM:
             connections: 40,
             connections_per_address: 4,
             requests: 20,
+            logins: 5,
             rate_per_instance: 0,
             idle: Duration::from_secs(350),
         };
         assert_eq!(set.limits, wanted);
         assert_eq!(set.tls.client_ca.as_deref(), Some(Path::new("/etc/kms/clients.crt")));
         let wrong = with(
-            "  MAX_REQUESTS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
+            "  MAX_REQUESTS: 0\n  MAX_LOGINS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
                   IDLE_TIMEOUT_IN_SECONDS: 0\n",
         );
         let said = wrong.unwrap_err().0.join("\n");
         for wanted in [
             "SERVER_CONFIG.MAX_REQUESTS must be a whole number from 1 to 65536",
+            "SERVER_CONFIG.MAX_LOGINS must be a whole number from 1 to 65536",
             "SERVER_CONFIG.MAX_CONNECTIONS_PER_ADDRESS is more than MAX_CONNECTIONS",
             "SERVER_CONFIG.IDLE_TIMEOUT_IN_SECONDS must be a whole number from 5 to 3600",
         ] {

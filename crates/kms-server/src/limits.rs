@@ -5,14 +5,18 @@ use kms_core::clock::Clock;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::net::IpAddr;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use uuid::Uuid;
 
 /// Instances whose rate is remembered. One that was quiet for a moment has nothing to remember.
 const MOST_BUCKETS: usize = 10_000;
+/// With the time that a body may take before it, no more than a request may take altogether.
+const LONGEST_TURN: Duration = Duration::from_secs(50);
 /// A connection can be refused twenty times a second, and no caller takes this for a late answer.
 const MOMENT: Duration = Duration::from_millis(50);
 
@@ -23,8 +27,10 @@ pub struct Settings {
     pub connections: usize,
     /// Of them, from one address.
     pub connections_per_address: usize,
-    /// Requests that are worked on at once.
+    /// Requests of callers with a token that are worked on at once.
     pub requests: usize,
+    /// Logins that are worked on at once. Anybody can try one: they never take a turn of those who are let in.
+    pub logins: usize,
     /// Requests to the key API in one second, for each instance; 0: as many as come.
     pub rate_per_instance: u32,
     /// How long a connection may wait for its next request, until the last byte of that request's head.
@@ -37,6 +43,7 @@ impl Default for Settings {
             connections: 512,
             connections_per_address: 256,
             requests: 256,
+            logins: 64,
             rate_per_instance: 2000,
             // Ours keep an idle connection for 90 s.
             idle: Duration::from_secs(100),
@@ -49,10 +56,11 @@ impl Default for Settings {
 pub struct Limits {
     settings: Settings,
     open: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    requests: Arc<Semaphore>,
+    requests: Semaphore,
+    logins: Semaphore,
     buckets: Mutex<HashMap<Uuid, Bucket>>,
     clock: Arc<dyn Clock>,
-    refused: [AtomicU64; 4],
+    refused: [AtomicU64; 5],
 }
 
 /// Why something is refused.
@@ -64,13 +72,20 @@ pub enum TooMuch {
     ConnectionsOfAddress,
     #[error("as many requests are worked on as MAX_REQUESTS allows")]
     Requests,
+    #[error("as many logins are worked on as MAX_LOGINS allows")]
+    Logins,
     #[error("this instance has more requests a second than MAX_RATE_PER_INSTANCE allows")]
     Rate,
 }
 
 impl TooMuch {
-    pub const ALL: [TooMuch; 4] =
-        [TooMuch::Connections, TooMuch::ConnectionsOfAddress, TooMuch::Requests, TooMuch::Rate];
+    pub const ALL: [TooMuch; 5] = [
+        TooMuch::Connections,
+        TooMuch::ConnectionsOfAddress,
+        TooMuch::Requests,
+        TooMuch::Logins,
+        TooMuch::Rate,
+    ];
 
     /// What metrics call it.
     #[must_use]
@@ -79,6 +94,7 @@ impl TooMuch {
             TooMuch::Connections => "connections",
             TooMuch::ConnectionsOfAddress => "connections_per_address",
             TooMuch::Requests => "requests",
+            TooMuch::Logins => "logins",
             TooMuch::Rate => "rate_per_instance",
         }
     }
@@ -98,17 +114,14 @@ pub struct Place {
     address: IpAddr,
 }
 
-/// A request's place among those that are worked on, until it is dropped.
-#[derive(Debug)]
-pub struct Turn(#[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit);
-
 impl Limits {
     #[must_use]
     pub fn new(settings: Settings, clock: Arc<dyn Clock>) -> Limits {
         Limits {
             settings,
             open: Arc::default(),
-            requests: Arc::new(Semaphore::new(settings.requests)),
+            requests: Semaphore::new(settings.requests),
+            logins: Semaphore::new(settings.logins),
             buckets: Mutex::default(),
             clock,
             refused: Default::default(),
@@ -139,18 +152,42 @@ impl Limits {
         Ok(Place { open: self.open.clone(), address })
     }
 
-    /// Lets a request begin, or refuses it, which takes a moment: whoever asks again as soon as it is refused would take
-    /// the processors from those who are served.
+    /// Works on the request of a caller with a token, or refuses it, which takes a moment: whoever asks again as soon
+    /// as it is refused would take the processors from those who are served.
     ///
     /// # Errors
     /// `Requests`.
-    pub async fn begin(&self) -> Result<Turn, TooMuch> {
-        if let Ok(turn) = self.requests.clone().try_acquire_owned() {
-            return Ok(Turn(turn));
+    pub async fn request<T>(&self, work: impl Future<Output = T>) -> Result<T, TooMuch> {
+        self.in_turn(&self.requests, TooMuch::Requests, work).await
+    }
+
+    /// The same for a login.
+    ///
+    /// # Errors
+    /// `Logins`.
+    pub async fn login<T>(&self, work: impl Future<Output = T>) -> Result<T, TooMuch> {
+        self.in_turn(&self.logins, TooMuch::Logins, work).await
+    }
+
+    async fn in_turn<T>(
+        &self,
+        turns: &Semaphore,
+        limit: TooMuch,
+        work: impl Future<Output = T>,
+    ) -> Result<T, TooMuch> {
+        let Ok(turn) = turns.try_acquire() else {
+            let why = self.refuse(limit);
+            tokio::time::sleep(MOMENT).await;
+            return Err(why);
+        };
+        let mut work = pin!(work);
+        if let Ok(done) = timeout(LONGEST_TURN, work.as_mut()).await {
+            return Ok(done);
         }
-        let why = self.refuse(TooMuch::Requests);
-        tokio::time::sleep(MOMENT).await;
-        Err(why)
+        // Its caller is soon told that it takes too long. It is not torn in the middle: calls of the HSM, locks of the
+        // database and audit records end by deadlines of their own, a disk that hangs when it likes. Nobody must wait.
+        drop(turn);
+        Ok(work.await)
     }
 
     /// Counts a request against the rate of `instance`. As many as come in one second may come at once.
@@ -191,9 +228,15 @@ impl Limits {
         self.settings.requests.saturating_sub(self.requests.available_permits())
     }
 
+    /// How many of the logins are worked on now.
+    #[must_use]
+    pub fn logins(&self) -> usize {
+        self.settings.logins.saturating_sub(self.logins.available_permits())
+    }
+
     /// How often each limit has refused something.
     #[must_use]
-    pub fn refused(&self) -> [(TooMuch, u64); 4] {
+    pub fn refused(&self) -> [(TooMuch, u64); 5] {
         TooMuch::ALL.map(|why| (why, self.count(why).load(Ordering::Relaxed)))
     }
 
@@ -203,11 +246,12 @@ impl Limits {
     }
 
     fn count(&self, why: TooMuch) -> &AtomicU64 {
-        let [connections, of_address, requests, rate] = &self.refused;
+        let [connections, of_address, requests, logins, rate] = &self.refused;
         match why {
             TooMuch::Connections => connections,
             TooMuch::ConnectionsOfAddress => of_address,
             TooMuch::Requests => requests,
+            TooMuch::Logins => logins,
             TooMuch::Rate => rate,
         }
     }
@@ -239,7 +283,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kms_core::clock::{ManualClock, SystemClock};
+    use kms_core::clock::ManualClock;
+    use tokio::sync::oneshot;
+    use tokio::time::Instant;
 
     fn limits(settings: Settings) -> (Limits, Arc<ManualClock>) {
         let clock = Arc::new(ManualClock::new());
@@ -261,19 +307,40 @@ mod tests {
         drop(first);
         let _fourth = limits.connect(one).unwrap();
         assert_eq!(limits.connections(), 3);
-        assert_eq!(limits.refused().map(|(_, count)| count), [1, 1, 0, 0]);
+        assert_eq!(limits.refused().map(|(_, count)| count), [1, 1, 0, 0, 0]);
     }
 
-    #[tokio::test]
-    async fn requests_take_turns_and_a_refusal_takes_a_moment() {
+    #[tokio::test(start_paused = true)]
+    async fn requests_take_turns_that_are_not_those_of_logins_and_a_refusal_takes_a_moment() {
+        let (limits, _) = limits(Settings { requests: 1, logins: 1, ..Settings::default() });
+        let beside = async {
+            let began = Instant::now();
+            assert_eq!(limits.request(async {}).await.unwrap_err(), TooMuch::Requests);
+            assert!(began.elapsed() >= MOMENT);
+            let second = limits.login(async { limits.login(async {}).await });
+            assert_eq!(second.await.unwrap().unwrap_err(), TooMuch::Logins);
+            limits.requests()
+        };
+        assert_eq!(limits.request(beside).await, Ok(1));
+        assert_eq!(limits.refused().map(|(_, count)| count), [0, 0, 1, 1, 0]);
+        assert_eq!(limits.request(async { 7 }).await, Ok(7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn work_that_hangs_is_not_torn_and_gives_its_turn_back() {
         let (limits, _) = limits(Settings { requests: 1, ..Settings::default() });
-        let (clock, turn) = (SystemClock::new(), limits.begin().await.unwrap());
-        let began = clock.now();
-        assert_eq!(limits.begin().await.unwrap_err(), TooMuch::Requests);
-        assert!(clock.now() - began >= MOMENT);
+        let limits = Arc::new(limits);
+        let (end, ended) = oneshot::channel();
+        let hanging = tokio::spawn({
+            let limits = limits.clone();
+            async move { limits.request(ended).await }
+        });
+        tokio::time::sleep(LONGEST_TURN - MOMENT).await;
         assert_eq!(limits.requests(), 1);
-        drop(turn);
-        let _again = limits.begin().await.unwrap();
+        tokio::time::sleep(MOMENT * 2).await;
+        assert_eq!(limits.request(async {}).await, Ok(()));
+        end.send("done").unwrap();
+        assert_eq!(hanging.await.unwrap(), Ok(Ok("done")));
     }
 
     #[test]

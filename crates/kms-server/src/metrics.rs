@@ -67,7 +67,7 @@ pub struct Snapshot {
     pub connections: usize,
     pub requests: usize,
     pub limits: limits::Settings,
-    pub refused: [(TooMuch, u64); 4],
+    pub refused: [(TooMuch, u64); 5],
     pub audit_syncs: u64,
     pub audit: Lag,
     pub certificate_ends: Option<SystemTime>,
@@ -342,6 +342,7 @@ impl Metrics {
             (TooMuch::Connections, count(now.limits.connections)),
             (TooMuch::ConnectionsOfAddress, count(now.limits.connections_per_address)),
             (TooMuch::Requests, count(now.limits.requests)),
+            (TooMuch::Logins, count(now.limits.logins)),
             (TooMuch::Rate, i64::from(now.limits.rate_per_instance)),
         ];
         for (limit, most) in allowed {

@@ -5,7 +5,6 @@
 //! of their own. What none of them does is refused: unknown members, members given twice, anything after the end.
 
 use super::problem::Problem;
-use http::Request;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Body as _;
 use hyper::body::Incoming;
@@ -16,7 +15,8 @@ use zeroize::Zeroizing;
 
 /// More than any request needs: the largest is an import or a wrap of 4096 bytes with 126 strings of 255.
 const MAX_BODY: usize = 64 * 1024;
-/// How long a body may take behind its head. Who sends a byte a second holds a request's turn for no longer.
+/// How long a body may take behind its head. It is read before the request's turn, so who sends a byte a second holds a
+/// connection and no more.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The bytes as they came. A DEK may be among them.
@@ -26,16 +26,16 @@ pub(super) struct Body(Zeroizing<Vec<u8>>);
 ///
 /// # Errors
 /// `TooLarge`, `Slow`, or `Cut` when the connection ends first.
-pub(super) async fn read(request: Request<Incoming>) -> Result<Body, Problem> {
-    timeout(BODY_TIMEOUT, read_whole(request)).await.unwrap_or(Err(Problem::Slow))
+pub(super) async fn read(body: Incoming) -> Result<Body, Problem> {
+    timeout(BODY_TIMEOUT, read_whole(body)).await.unwrap_or(Err(Problem::Slow))
 }
 
-async fn read_whole(request: Request<Incoming>) -> Result<Body, Problem> {
-    let expected = request.body().size_hint().lower();
+async fn read_whole(body: Incoming) -> Result<Body, Problem> {
+    let expected = body.size_hint().lower();
     // Reserved at once: a growing vector would leave copies of itself behind.
     let size = usize::try_from(expected).unwrap_or(MAX_BODY).min(MAX_BODY);
     let mut bytes = Zeroizing::new(Vec::with_capacity(size));
-    let mut body = Limited::new(request.into_body(), MAX_BODY);
+    let mut body = Limited::new(body, MAX_BODY);
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| {
             if e.is::<http_body_util::LengthLimitError>() {

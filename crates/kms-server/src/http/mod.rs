@@ -15,6 +15,7 @@ use crate::app::App;
 use crate::ops::{self, Call, Origin};
 use crate::policy::{Action, Scope};
 use auth::Names;
+use body::Body;
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Request, Response, StatusCode};
@@ -126,7 +127,10 @@ pub async fn keys(
             None => (None, Err(Problem::NotBuilt)),
             Some((route, id)) => {
                 let asked = Asked { action: route.action, id, query: &query };
-                (Some(route.action), key_call(&app, request, &asked, names.origin.clone()).await)
+                let request = Said::whole(request).await;
+                let work = key_call(&app, request, &asked, names.origin.clone());
+                let result = app.limits.request(work).await;
+                (Some(route.action), result.unwrap_or_else(|why| Err(why.into())))
             }
         },
     };
@@ -153,7 +157,9 @@ pub async fn tokens(
             None => Err(Problem::NoSuchPath),
             Some((route, id)) => {
                 let asked = Asked { action: route.action, id, query: &query };
-                management_call(&app, request, &asked, names.origin.clone()).await
+                let request = Said::whole(request).await;
+                let work = management_call(&app, request, &asked, names.origin.clone());
+                app.limits.request(work).await.unwrap_or_else(|why| Err(why.into()))
             }
         },
     };
@@ -168,15 +174,29 @@ struct Asked<'a> {
     query: &'a Query,
 }
 
+/// A request whose peer has nothing more to say, and so can hold nothing up.
+#[derive(Debug)]
+struct Said {
+    headers: HeaderMap,
+    /// Told to nobody before it is known who asks.
+    body: Result<Body, Problem>,
+}
+
+impl Said {
+    async fn whole(request: Request<Incoming>) -> Said {
+        let (head, body) = request.into_parts();
+        Said { headers: head.headers, body: body::read(body).await }
+    }
+}
+
 async fn key_call(
     app: &App,
-    request: Request<Incoming>,
+    request: Said,
     asked: &Asked<'_>,
     origin: Origin,
 ) -> Result<Answer, Problem> {
-    let _turn = app.limits.begin().await?;
-    let caller = auth::caller(app, request.headers()).await?;
-    let instance = auth::instance(request.headers())?;
+    let caller = auth::caller(app, &request.headers).await?;
+    let instance = auth::instance(&request.headers)?;
     let call = Call { caller, scope: Scope::Instance(instance), origin };
     let result = in_instance(app, &call, request, asked).await;
     settle(app, &call, asked, result).await
@@ -185,28 +205,26 @@ async fn key_call(
 async fn in_instance(
     app: &App,
     call: &Call,
-    request: Request<Incoming>,
+    request: Said,
     asked: &Asked<'_>,
 ) -> Result<Answer, Problem> {
     ops::enter_instance(app, call).await?;
     // Behind the door: nobody can use up what is another instance's.
     call.scope.instance().map_or(Ok(()), |instance| app.limits.spend(instance))?;
-    auth::key_ring(request.headers())?;
-    let prefer = auth::prefers_representation(request.headers());
-    let body = body::read(request).await?;
-    keys::perform(app, call, asked, &body, prefer).await
+    auth::key_ring(&request.headers)?;
+    let prefer = auth::prefers_representation(&request.headers);
+    keys::perform(app, call, asked, &request.body?, prefer).await
 }
 
 async fn management_call(
     app: &App,
-    request: Request<Incoming>,
+    request: Said,
     asked: &Asked<'_>,
     origin: Origin,
 ) -> Result<Answer, Problem> {
-    let _turn = app.limits.begin().await?;
-    let caller = auth::caller(app, request.headers()).await?;
+    let caller = auth::caller(app, &request.headers).await?;
     let call = Call { caller, scope: Scope::Everywhere, origin };
-    let result = match body::read(request).await {
+    let result = match request.body {
         Ok(body) => manage::perform(app, &call, asked, &body).await,
         Err(problem) => Err(problem),
     };

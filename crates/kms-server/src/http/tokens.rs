@@ -1,7 +1,8 @@
 //! The token service: an API key or another issuer's token for a token of ours, and the key that tokens are checked with.
 
+use super::body::{self, Body};
 use super::problem::Problem;
-use super::{Answer, auth, body};
+use super::{Answer, auth};
 use crate::app::App;
 use crate::ops::issue_token::{Login, ProfileName, issue_token, record_failure, trade_token};
 use crate::ops::{Error, Origin};
@@ -19,9 +20,11 @@ pub(super) async fn issue(
     request: Request<Incoming>,
     origin: Origin,
 ) -> Result<Answer, Problem> {
-    // The turn comes behind the body: here nobody has shown yet who they are, and slow senders would hold every turn.
-    let body = body::read(request).await?;
-    let _turn = app.limits.begin().await?;
+    let body = body::read(request.into_body()).await?;
+    app.limits.login(answer(app, body, origin)).await?
+}
+
+async fn answer(app: &App, body: Body, origin: Origin) -> Result<Answer, Problem> {
     let issued = match log_in(app, body.as_slice(), origin.clone()).await {
         Ok(issued) => issued,
         Err(problem) => {

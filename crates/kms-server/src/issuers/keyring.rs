@@ -1,5 +1,6 @@
 //! The keys of one issuer, kept for a while. Whoever asks for a key that is not there makes the issuer be asked again,
-//! but not more than once in a few seconds: a token's `kid` is anybody's to choose.
+//! but once for all who wait, and not again for a few seconds: a token's `kid` is anybody's to choose. An issuer that
+//! hangs never holds up whose key is there.
 
 use super::document::{Key, Keys, MAX_DOCUMENT, jwks_uri};
 use super::{KeySource, Trusted};
@@ -9,31 +10,41 @@ use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::watch;
 
-/// Keys are asked for again when they are this old ...
+/// Keys are asked for again, while they go on serving, when they are this old ...
 const REFRESH_AFTER: Duration = Duration::from_secs(600);
 /// ... and are not used when they are this old: a withdrawn key ends by then, whatever the issuer's server does.
 const MAX_AGE: Duration = Duration::from_secs(3600);
-/// Between two attempts, successful or not.
+/// Between the end of an attempt, successful or not, and the next.
 const PAUSE: Duration = Duration::from_secs(5);
 /// What discovery and keys together may take; somebody waits for it.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-pub(super) struct Keyring {
+pub(super) struct Keyring(Arc<Shared>);
+
+struct Shared {
     source: Source,
     clock: Arc<dyn Clock>,
-    kept: Mutex<Option<Kept>>,
-    /// Held by whoever asks the issuer: when it last was, and why in vain. The others wait for what comes of it.
-    asking: tokio::sync::Mutex<Option<Attempt>>,
+    state: Mutex<State>,
 }
 
-#[derive(Clone)]
+#[derive(Default)]
+struct State {
+    kept: Option<Kept>,
+    last: Option<Attempt>,
+    /// Nothing is ever sent: the attempt is over when its sender is gone, however it ended.
+    asking: Option<watch::Receiver<()>>,
+}
+
 struct Kept {
-    keys: Arc<Keys>,
+    keys: Keys,
+    /// When they were asked for.
     at: Duration,
 }
 
 struct Attempt {
+    /// When it was over: a pause that began with it would be over with an issuer's silence.
     at: Duration,
     failure: Option<String>,
 }
@@ -56,48 +67,88 @@ impl Keyring {
                 Source::Discovery { issuer, document, ca }
             }
         };
-        Ok(Keyring { source, clock, kept: Mutex::default(), asking: tokio::sync::Mutex::default() })
+        Ok(Keyring(Arc::new(Shared { source, clock, state: Mutex::default() })))
     }
 
-    /// The key `kid`; `None` when the issuer has none of that name.
+    /// The key `kid`; `None` when the issuer has none of that name. Who asks for one that is there waits for nobody.
     ///
     /// # Errors
     /// Why the issuer's keys cannot be had, when those that are kept are too old or there are none.
     pub(super) async fn key(&self, kid: &str) -> Result<Option<Key>, String> {
-        if let Some(key) = self.kept(REFRESH_AFTER).and_then(|keys| keys.find(kid).cloned()) {
-            return Ok(Some(key));
+        let asking = {
+            let (mut state, now) = (self.0.lock(), self.0.clock.now());
+            let key = state.key(kid, now);
+            if key.is_some() && state.kept(now, REFRESH_AFTER).is_some() {
+                return Ok(key);
+            }
+            let asking = self.ask(&mut state, now);
+            if key.is_some() {
+                return Ok(key);
+            }
+            asking
+        };
+        if let Some(mut asking) = asking {
+            let _over = asking.changed().await;
         }
-        let mut last = self.asking.lock().await;
-        let found = self.kept(REFRESH_AFTER).and_then(|keys| keys.find(kid).cloned());
-        let now = self.clock.now();
-        let may_ask = last.as_ref().is_none_or(|last| now >= last.at + PAUSE);
-        if found.is_none() && may_ask {
-            let failure = self.ask(now).await.err();
-            *last = Some(Attempt { at: now, failure });
-        }
-        match self.kept(MAX_AGE) {
-            Some(keys) => Ok(keys.find(kid).cloned()),
-            None => Err(last.as_ref().and_then(|last| last.failure.clone()).unwrap_or_default()),
-        }
+        self.0.lock().answer(kid, self.0.clock.now())
     }
 
-    /// The keys that are kept, if they are younger than `age`.
-    fn kept(&self, age: Duration) -> Option<Arc<Keys>> {
-        let now = self.clock.now();
-        self.lock().as_ref().filter(|kept| now < kept.at + age).map(|kept| kept.keys.clone())
+    /// The attempt that is under way, or a new one, which goes on when nobody waits any more; `None` in the pause.
+    fn ask(&self, state: &mut State, now: Duration) -> Option<watch::Receiver<()>> {
+        if let Some(asking) = state.asking.as_ref().filter(|asking| asking.has_changed().is_ok()) {
+            return Some(asking.clone());
+        }
+        if state.last.as_ref().is_some_and(|last| now < last.at + PAUSE) {
+            return None;
+        }
+        let (over, asking) = watch::channel(());
+        let shared = self.0.clone();
+        tokio::spawn(async move {
+            shared.ask(now).await;
+            drop(over);
+        });
+        state.asking = Some(asking.clone());
+        Some(asking)
     }
+}
 
-    async fn ask(&self, now: Duration) -> Result<(), String> {
+impl Shared {
+    async fn ask(&self, now: Duration) {
         let keys = self.source.read().await;
-        if let Err(cause) = &keys {
-            tracing::warn!("The keys of {} cannot be had: {cause}", self.source.name());
-        }
-        *self.lock() = Some(Kept { keys: Arc::new(keys?), at: now });
-        Ok(())
+        let mut state = self.lock();
+        let failure = match keys {
+            Ok(keys) => {
+                state.kept = Some(Kept { keys, at: now });
+                None
+            }
+            Err(cause) => {
+                tracing::warn!("The keys of {} cannot be had: {cause}", self.source.name());
+                Some(cause)
+            }
+        };
+        state.last = Some(Attempt { at: self.clock.now(), failure });
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Kept>> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The keys that are kept, if they are younger than `age`.
+    fn kept(&self, now: Duration, age: Duration) -> Option<&Keys> {
+        self.kept.as_ref().filter(|kept| now < kept.at + age).map(|kept| &kept.keys)
+    }
+
+    fn key(&self, kid: &str, now: Duration) -> Option<Key> {
+        self.kept(now, MAX_AGE)?.find(kid).cloned()
+    }
+
+    fn answer(&self, kid: &str, now: Duration) -> Result<Option<Key>, String> {
+        if self.kept(now, MAX_AGE).is_some() {
+            return Ok(self.key(kid, now));
+        }
+        Err(self.last.as_ref().and_then(|last| last.failure.clone()).unwrap_or_default())
     }
 }
 
@@ -140,6 +191,6 @@ fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
 
 impl std::fmt::Debug for Keyring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("Keyring").field(&self.source.name()).finish()
+        f.debug_tuple("Keyring").field(&self.0.source.name()).finish()
     }
 }

@@ -2,10 +2,14 @@
 //! and the time to send and to receive.
 
 use crate::harness::faulty_store::{self, Step};
+use crate::harness::issuer::Site;
 use crate::harness::{Server, health, http, new_key};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use kms_server::limits::Settings;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use serde_json::json;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,11 +41,11 @@ async fn requests_beyond_the_limit_are_refused_at_once_and_the_others_answered()
         let unknown = server.call("no.such.token", "GET", "/keys", "").await;
         assert_eq!(unknown.status, 503, "the limit comes before anything that costs: {unknown:?}");
         let login = server.ask_token("no-such-key").await;
-        assert_eq!(login.status, 503, "{login:?}");
+        assert_eq!(login.status, 400, "logins have turns of their own: {login:?}");
         assert!(!server.audit().contains("OVERLOADED_ERR"), "no flood of the audit log");
         let metrics = health(&server, "/metrics", "*/*").await;
         for sample in
-            ["kms_server_requests_in_progress 2", "limit_refusals_total{limit=\"requests\"} 3"]
+            ["kms_server_requests_in_progress 2", "limit_refusals_total{limit=\"requests\"} 2"]
         {
             assert!(metrics.contains(sample), "{sample} is not in {metrics}");
         }
@@ -81,8 +85,7 @@ async fn a_peer_that_sends_a_byte_now_and_then_loses_its_connection_and_the_othe
     until(&server, "every place is free", |server| server.app.limits.connections() == 0).await;
 }
 
-/// With one turn for everybody: a body that does not come must not hold it for long, and at the token service, where
-/// nobody has shown yet who they are, not at all.
+/// With one turn for everybody: a body that does not come holds none, whoever sends it.
 #[tokio::test]
 async fn a_body_that_does_not_come_is_given_up() {
     let limits = Settings { requests: 1, rate_per_instance: 0, ..Settings::default() };
@@ -103,13 +106,72 @@ async fn a_body_that_does_not_come_is_given_up() {
         server.instance()
     );
     known.write_all(head.as_bytes()).await.unwrap();
-    until(&server, "it has the turn", |server| server.app.limits.requests() == 1).await;
+    for _ in 0..5 {
+        known.write_all(b"x").await.unwrap();
+        sleep(Duration::from_millis(100)).await;
+        assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 200, "the turn is free");
+    }
     for stream in [&mut stranger, &mut known] {
         let answer = timeout(Duration::from_secs(20), read(stream)).await.unwrap();
         assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
     }
-    until(&server, "the turn came back", |server| server.app.limits.requests() == 0).await;
+    assert_eq!(server.app.limits.requests(), 0);
     assert!(server.audit().contains("BAD_BODY_ERR"), "who is known is recorded");
+}
+
+/// As many as one address may open, each with a login that is announced and does not come.
+#[tokio::test]
+async fn logins_that_do_not_come_take_nothing_from_the_key_api() {
+    let settings = Settings { rate_per_instance: 0, ..Settings::default() };
+    // The last places are for those who are served from the same address.
+    let held = settings.connections_per_address - 16;
+    let server = Server::start_limited(Settings { requests: 2, logins: 2, ..settings }).await;
+    let token = server.admin().await;
+    let key = server.create_id(&token, "crk").await;
+    let head = "POST /oidc/token HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n";
+    let mut silent = Vec::new();
+    for _ in 0..held {
+        let mut stream = http::connect(server.tokens, &server.ca()).await;
+        stream.write_all(head.as_bytes()).await.unwrap();
+        silent.push(stream);
+    }
+    for _ in 0..20 {
+        server.wrap(&token, &key, "AAAA").await;
+    }
+    server.admin().await;
+    for stream in &mut silent {
+        let answer = timeout(Duration::from_secs(20), read(stream)).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    }
+    assert!(server.app.limits.refused().iter().all(|(_, count)| *count == 0));
+}
+
+/// Every turn of the logins is taken by some that hang.
+#[tokio::test]
+async fn logins_beyond_their_limit_are_refused_and_the_key_api_goes_on() {
+    let site = Site::start().await;
+    site.hang();
+    let limits = Settings { logins: 2, requests: 1, rate_per_instance: 0, ..Settings::default() };
+    let server = Server::start_all(Server::SETTINGS, vec![site.trusted()], limits).await;
+    let token = server.admin().await;
+    let part = |value: serde_json::Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    let header = part(json!({"alg": "RS256", "kid": "1"}));
+    let garbage = format!("{header}.{}.AAAA", part(json!({"iss": site.url})));
+    let grant = "urn:ietf:params:oauth:grant-type:jwt-bearer";
+    let form = format!("grant_type={grant}&assertion={garbage}");
+    let (ca, none) = (server.ca(), []);
+    let log_in = || http::ask(server.tokens, &ca, "POST", "/oidc/token", &none, &form);
+    let beyond = async {
+        until(&server, "both are worked on", |server| server.app.limits.logins() == 2).await;
+        let refused = log_in().await;
+        assert_eq!((refused.status, refused.header("retry-after")), (503, Some("2")));
+        assert_eq!(server.call(&token, "GET", "/keys", "").await.status, 200);
+        assert_eq!(server.app.limits.logins(), 2, "they still are");
+    };
+    let (first, second, ()) = tokio::join!(log_in(), log_in(), beyond);
+    for login in [first, second] {
+        assert!(login.body.contains("ISSUER_UNAVAILABLE_ERR"), "{login:?}");
+    }
 }
 
 /// Asks on and on and takes no answer.

@@ -11,6 +11,7 @@ use kms_server::issuers::{KeySource, Trusted};
 use kms_server::ops::issue_token::record_failures;
 use kms_server::policy::{Role, Scope};
 use serde_json::{Value, json};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, UNIX_EPOCH};
 use tempfile::TempDir;
 
@@ -274,6 +275,51 @@ async fn a_withdrawn_key_ends_within_the_hour_whatever_the_issuers_server_does()
     server.clock.advance(Duration::from_secs(5));
     refused(&trade(&server, &token).await, "the key was withdrawn");
     access_token(&trade(&server, &second.token(&lasting)).await);
+}
+
+/// Tokens that nobody has signed, of an issuer that says nothing any more.
+#[tokio::test]
+async fn an_issuer_that_hangs_is_asked_once_for_all_and_holds_up_nobody_whose_key_is_there() {
+    let (site, key) = (Site::start().await, SigningKey::new("1"));
+    site.publish(&[&key]);
+    let server = start(vec![site.trusted()]).await;
+    trust(&server, "anna", &site.url, json!({"subject": "anna"})).await;
+    let good =
+        key.token(&with(claims(&server, &site.url, "anna"), json!({"exp": now(&server) + 86_400})));
+    access_token(&trade(&server, &good).await);
+    site.hang();
+    // The key is old enough to be asked for again.
+    server.clock.advance(Duration::from_secs(601));
+    let part = |value: Value| BASE64URL.encode(value.to_string());
+    let header = part(json!({"alg": "RS256", "kid": "no such key"}));
+    let garbage = format!("{header}.{}.AAAA", part(json!({"iss": site.url})));
+    let done = AtomicUsize::new(0);
+    let one = || async {
+        refused(&trade(&server, &garbage).await, "garbage");
+        done.fetch_add(1, Ordering::SeqCst);
+    };
+    let ten = || async {
+        tokio::join!(one(), one(), one(), one(), one(), one(), one(), one(), one(), one());
+    };
+    let flood = async { tokio::join!(ten(), ten(), ten()) };
+    let known = async {
+        while site.held() == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for _ in 0..3 {
+            access_token(&trade(&server, &good).await);
+        }
+        assert_eq!(done.load(Ordering::SeqCst), 0, "it waited for the issuer");
+        // More than the pause passes while the attempt is under way.
+        server.clock.advance(Duration::from_secs(6));
+    };
+    // Its deadline is 5 s, and 30 of them are not twice as long.
+    let both = async { tokio::join!(flood, known) };
+    tokio::time::timeout(Duration::from_secs(10), both).await.expect("one waited for another");
+    assert_eq!(site.held(), 1);
+    let again = tokio::time::timeout(Duration::from_secs(4), trade(&server, &garbage)).await;
+    refused(&again.expect("asked in the pause"), "garbage");
+    assert_eq!(site.held(), 1, "the pause begins with the end of the attempt");
 }
 
 #[tokio::test]

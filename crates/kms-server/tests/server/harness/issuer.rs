@@ -11,7 +11,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -73,6 +73,8 @@ struct Said {
     discovery: Mutex<String>,
     keys: Mutex<String>,
     asked: AtomicUsize,
+    hangs: AtomicBool,
+    held: AtomicUsize,
 }
 
 impl Site {
@@ -110,6 +112,16 @@ impl Site {
         self.said.asked.load(Ordering::SeqCst)
     }
 
+    /// From now on it takes connections and says nothing.
+    pub(crate) fn hang(&self) {
+        self.said.hangs.store(true, Ordering::SeqCst);
+    }
+
+    /// Connections on which it said nothing.
+    pub(crate) fn held(&self) -> usize {
+        self.said.held.load(Ordering::SeqCst)
+    }
+
     pub(crate) fn trusted(&self) -> Trusted {
         let ca = self.dir.path().join("ca.crt");
         let keys = KeySource::Discovery { ca };
@@ -118,6 +130,10 @@ impl Site {
 }
 
 async fn answer(stream: TcpStream, acceptor: TlsAcceptor, said: Arc<Said>) {
+    if said.hangs.load(Ordering::SeqCst) {
+        said.held.fetch_add(1, Ordering::SeqCst);
+        return std::future::pending().await;
+    }
     let Ok(mut stream) = acceptor.accept(stream).await else { return };
     let mut request = Vec::new();
     while !request.ends_with(b"\r\n\r\n") {

@@ -87,7 +87,7 @@ impl Server {
         Server::start_all(Server::SETTINGS, Vec::new(), limits).await
     }
 
-    async fn start_all(
+    pub(crate) async fn start_all(
         settings: Settings,
         trusted: Vec<Trusted>,
         limits: limits::Settings,
