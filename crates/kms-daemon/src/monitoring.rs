@@ -49,6 +49,13 @@ fn expression(of: &Value) -> Result<String, String> {
     of["expr"].as_str().map(str::to_owned).ok_or_else(|| format!("no expression in {of}"))
 }
 
+/// What a scrape shows.
+#[must_use]
+pub fn scraped(text: &str, prefixes: &[&str]) -> Samples {
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    samples.flat_map(|line| used(line, prefixes)).collect()
+}
+
 /// The metrics in `text` whose names begin with one of `prefixes`, each with the labels that are matched: of an
 /// expression, or of a scrape.
 #[must_use]

@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use kms_daemon::monitoring::{self, Samples, asked, not_shown, unpublished, used};
+use kms_daemon::monitoring::{self, Samples, asked, not_shown, scraped, unpublished};
 use kms_plugin::metrics::{Metrics, Snapshot};
 use prometheus_client::registry::Registry;
 use serde_json::Value;
@@ -81,8 +81,7 @@ fn published() -> Samples {
     metrics.key_id("sha256:00".into());
     metrics.config_reload(true);
     let text = metrics.render(&registry, Snapshot::default());
-    let samples = text.lines().filter(|line| !line.starts_with('#'));
-    samples.flat_map(|line| used(line, &OWN)).collect()
+    scraped(&text, &OWN)
 }
 
 fn rules() -> Vec<Value> {

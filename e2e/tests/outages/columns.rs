@@ -97,15 +97,8 @@ impl Before {
 
     /// kube-apiserver starts with an empty memory, and reads nevertheless.
     pub(crate) fn reads_go_on_in_a_new_kube_apiserver(&self, chain: &mut Chain) -> Result<()> {
-        let server = &mut chain.cluster_mut()?.apiserver.server;
-        server.kill()?;
-        server.start()?;
-        let (kubectl, name) = (chain.kubectl()?, format!("{}-before", self.name));
-        let value = wait::until("a secret is read", SOON, &[], || {
-            kubectl.secret_value(&name, "password").map_err(|error| error.to_string())
-        })?;
-        assert_eq!(value, name);
-        Ok(())
+        forget_all(chain)?;
+        self.is_read(chain)
     }
 
     /// kube-apiserver starts with an empty memory and can read nothing that needs the plug-in.
@@ -114,9 +107,7 @@ impl Before {
         chain: &mut Chain,
         cause: &str,
     ) -> Result<()> {
-        let server = &mut chain.cluster_mut()?.apiserver.server;
-        server.kill()?;
-        server.start()?;
+        forget_all(chain)?;
         let (kubectl, name) = (chain.kubectl()?, format!("{}-before", self.name));
         wait::until(&format!("a read refused with {cause:?}"), SOON, &[], || {
             match kubectl.secret_value(&name, "password") {
@@ -151,14 +142,19 @@ impl Before {
         at_once("v2 Encrypt", || driver.v2_encrypt(b"now"))?;
         assert_eq!(at_once("v1 Decrypt", || driver.v1_decrypt(&self.v1))?, PAYLOAD);
         assert_eq!(at_once("v2 Decrypt", || driver.v2_decrypt(&self.v2))?, PAYLOAD);
+        self.is_read(chain)?;
+        accepted(chain, &format!("{}-now", self.name))?;
+        chain.kubectl()?.run(&["delete", "secret", &format!("{}-now", self.name)], b"").map(drop)
+    }
+
+    /// kube-apiserver may just have been started.
+    fn is_read(&self, chain: &Chain) -> Result<()> {
         let (kubectl, name) = (chain.kubectl()?, format!("{}-before", self.name));
-        // kube-apiserver may just have been started.
         let value = wait::until("a secret is read", SOON, &[], || {
             kubectl.secret_value(&name, "password").map_err(|error| error.to_string())
         })?;
         assert_eq!(value, name);
-        accepted(chain, &format!("{}-now", self.name))?;
-        kubectl.run(&["delete", "secret", &format!("{}-now", self.name)], b"").map(drop)
+        Ok(())
     }
 
     fn nothing_is_sealed_or_opened(&self, chain: &Chain, cause: &str) -> Result<()> {
@@ -169,6 +165,13 @@ impl Before {
         refused_by("v1 Decrypt", driver.v1_decrypt(&self.v1).map(drop), cause)?;
         refused_by("v2 Decrypt", driver.v2_decrypt(&self.v2).map(drop), cause)
     }
+}
+
+/// Starts kube-apiserver with an empty memory, and does not wait for it: it may not become healthy.
+fn forget_all(chain: &mut Chain) -> Result<()> {
+    let server = &mut chain.cluster_mut()?.apiserver.server;
+    server.kill()?;
+    server.start()
 }
 
 fn not_ready(chain: &Chain, cause: &str) -> Result<()> {

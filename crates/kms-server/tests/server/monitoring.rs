@@ -1,7 +1,7 @@
 //! The alert rules and the board for this server in `deploy/monitoring` name only what it publishes, and leave nothing
 //! of it out.
 
-use kms_daemon::monitoring::{self, Samples, asked, not_shown, unpublished, used};
+use kms_daemon::monitoring::{self, Samples, asked, not_shown, scraped, unpublished};
 use kms_hsm::{Circuit, Statistics, Times};
 use kms_server::audit::Lag;
 use kms_server::failures::Cause;
@@ -64,8 +64,7 @@ fn published() -> Samples {
         audit: Lag::default(),
         certificate_ends: None,
     });
-    let samples = text.lines().filter(|line| !line.starts_with('#'));
-    samples.flat_map(|line| used(line, &OWN)).collect()
+    scraped(&text, &OWN)
 }
 
 fn rules() -> Vec<Value> {
