@@ -49,7 +49,10 @@ impl Process {
     pub(super) fn observe(&self) -> Option<Observed> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).ok()?;
         let peak_memory_kib = peak_memory(&status);
-        Some(Observed { cpu: self.scheduled().or_else(|| self.ticks())?, peak_memory_kib })
+        // The fine count forgets a thread when it ends, the coarse one does not: without it, a process whose threads
+        // come and go would seem to give time back.
+        let cpu = self.scheduled().max(self.ticks())?;
+        Some(Observed { cpu, peak_memory_kib })
     }
 
     /// The scheduler's own count of all living threads, in nanoseconds; not every kernel keeps it.
@@ -62,6 +65,7 @@ impl Process {
         Some(sum)
     }
 
+    /// Of the whole process, ended threads included, in hundredths of a second.
     fn ticks(&self) -> Option<Duration> {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
         user_and_system(&stat)
@@ -100,6 +104,20 @@ mod tests {
         assert!(observed.cpu > Duration::ZERO);
         assert!(observed.peak_memory_kib.unwrap() > 100);
         assert!(Process::new(u32::MAX).observe().is_none());
+    }
+
+    #[test]
+    fn what_a_thread_used_stays_counted_when_it_ended() {
+        let this = Process::new(std::process::id());
+        let cpu = || this.observe().unwrap().cpu;
+        let before = cpu();
+        let worker = || {
+            while cpu() < before + Duration::from_millis(300) {
+                std::hint::spin_loop();
+            }
+        };
+        std::thread::scope(|scope| scope.spawn(worker).join()).unwrap();
+        assert!(cpu() >= before + Duration::from_millis(250));
     }
 
     #[test]
