@@ -167,6 +167,8 @@ on_every_token!(
     token_cases::half_a_version_is_reported_and_not_used,
     token_cases::half_a_key_pair_is_left_as_it_is,
     token_cases::two_objects_of_one_name_are_refused,
+    token_cases::two_objects_of_one_key_are_one,
+    token_cases::an_object_that_is_shown_twice_is_one,
     token_cases::an_existing_token_is_not_initialised_again,
     token_cases::a_token_is_found_by_label_serial_and_slot,
     token_cases::settings_that_cannot_work_are_refused,

@@ -13,6 +13,7 @@
 //! sessions at-most 2
 //! token gone                                         until this line is gone; its sessions die
 //! token serial 4711                                  says that it is another one
+//! objects twice                                      every search shows each object twice
 //! attribute 0x162 01                                 every object has this value (hex) of this attribute
 //! iv appended                                        AES-GCM: the HSM makes the IV and appends it; `strict` refuses one
 //! iv filled                                          AES-GCM: the HSM fills the IV buffer, which must be zero
@@ -43,6 +44,7 @@ pub(crate) struct Orders {
     pub(crate) most_sessions: Option<usize>,
     pub(crate) token_gone: bool,
     pub(crate) serial: Option<String>,
+    pub(crate) objects_twice: bool,
     pub(crate) lies: Vec<(CK_ATTRIBUTE_TYPE, Vec<u8>)>,
     pub(crate) iv: IvMode,
 }
@@ -177,6 +179,7 @@ impl Orders {
             }
             ["token", "gone"] => self.token_gone = true,
             ["token", "serial", serial] => self.serial = Some((*serial).to_owned()),
+            ["objects", "twice"] => self.objects_twice = true,
             ["attribute", kind, value] => {
                 let kind = kind.strip_prefix("0x").ok_or("an attribute's number starts with 0x")?;
                 let kind = CK_ATTRIBUTE_TYPE::from_str_radix(kind, 16).map_err(|_| "no number")?;
@@ -284,7 +287,7 @@ mod tests {
             assert!(Orders::parse(order).is_ok(), "{order}: {:?}", Orders::parse(order));
             told += 1;
         }
-        assert_eq!(told, 16);
+        assert_eq!(told, 17);
     }
 
     #[test]

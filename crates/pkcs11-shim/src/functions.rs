@@ -8,7 +8,7 @@ use std::ffi::c_void;
 macro_rules! function_list {
     ($($place:ident { $($name:ident($first:ident: $kind:ty $(, $arg:ident: $type:ty)*) $(=> $hook:path)?;)+ })+) => {
         /// The functions of PKCS#11 2.40 that pass through the shim.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
         #[expect(non_camel_case_types, reason = "the names of the standard")]
         pub enum Function { $($($name),+),+ }
 
@@ -79,7 +79,7 @@ function_list! {
         C_GetAttributeValue(a1: CK_SESSION_HANDLE, a2: CK_OBJECT_HANDLE, a3: *mut CK_ATTRIBUTE, a4: CK_ULONG) => hooks::attribute_value;
         C_SetAttributeValue(a1: CK_SESSION_HANDLE, a2: CK_OBJECT_HANDLE, a3: *mut CK_ATTRIBUTE, a4: CK_ULONG);
         C_FindObjectsInit(a1: CK_SESSION_HANDLE, a2: *mut CK_ATTRIBUTE, a3: CK_ULONG);
-        C_FindObjects(a1: CK_SESSION_HANDLE, a2: *mut CK_OBJECT_HANDLE, a3: CK_ULONG, a4: *mut CK_ULONG);
+        C_FindObjects(a1: CK_SESSION_HANDLE, a2: *mut CK_OBJECT_HANDLE, a3: CK_ULONG, a4: *mut CK_ULONG) => hooks::find_objects;
         C_FindObjectsFinal(a1: CK_SESSION_HANDLE);
         C_EncryptInit(a1: CK_SESSION_HANDLE, a2: *mut CK_MECHANISM, a3: CK_OBJECT_HANDLE) => gcm::encrypt_init;
         C_Encrypt(a1: CK_SESSION_HANDLE, a2: *mut CK_BYTE, a3: CK_ULONG, a4: *mut CK_BYTE, a5: *mut CK_ULONG) => gcm::encrypt;

@@ -90,6 +90,31 @@ pub(crate) fn token_info(shim: &Shim, slot: CK_SLOT_ID, info: *mut CK_TOKEN_INFO
     code
 }
 
+/// Where each object is to be seen twice, the module is asked for half as many as there is room for.
+pub(crate) fn find_objects(
+    shim: &Shim,
+    session: CK_SESSION_HANDLE,
+    objects: *mut CK_OBJECT_HANDLE,
+    room: CK_ULONG,
+    count: *mut CK_ULONG,
+) -> CK_RV {
+    let twice = shim.state().orders.objects_twice && room > 1;
+    let asked = if twice { room / 2 } else { room };
+    // SAFETY: the application's own arguments, with room for at least as many.
+    let code =
+        forward(shim.real().C_FindObjects, |find| unsafe { find(session, objects, asked, count) });
+    if code == CKR_OK && twice && !objects.is_null() && !count.is_null() {
+        // SAFETY: the module has just written the number there.
+        let found = usize::try_from(unsafe { *count }).unwrap_or(0);
+        // SAFETY: that many handles were just written, and there is room for as many again behind them.
+        unsafe {
+            objects.add(found).copy_from_nonoverlapping(objects, found);
+            *count *= 2;
+        }
+    }
+    code
+}
+
 pub(crate) fn attribute_value(
     shim: &Shim,
     session: CK_SESSION_HANDLE,

@@ -27,7 +27,7 @@ pub(super) enum Class {
     /// No room: answer, keep the session. Kryoptic says so too when it cannot read its storage: ask a
     /// canary.
     Capacity,
-    /// The PIN: stop, and never try it again.
+    /// The PIN. At a login: stop, and never try it again. Elsewhere: answer, keep the session.
     Credential,
     /// The token cannot or will not do this: answer, keep the session.
     Refused,
@@ -154,30 +154,36 @@ pub(super) fn classify(code: &RvError) -> Class {
         | R::UserPinNotInitialized => Class::Credential,
 
         R::GeneralError | R::FunctionFailed | R::VendorDefined(_) => Class::Ambiguous,
-        R::UnknownErrorCode(number) => classify_number(*number),
+        R::UnknownErrorCode(number) => newer(*number).map_or(Class::Ambiguous, |(_, class)| class),
         _ => Class::Refused,
     }
 }
 
-fn classify_number(code: CK_RV) -> Class {
-    match code {
-        CKR_AEAD_DECRYPT_FAILED => Class::Data,
-        CKR_OPERATION_CANCEL_FAILED | CKR_PENDING => Class::Session,
-        CKR_TOKEN_NOT_INITIALIZED => Class::Device,
-        CKR_TOKEN_RESOURCE_EXCEEDED => Class::Capacity,
-        CKR_KEY_EXHAUSTED
-        | CKR_SESSION_ASYNC_NOT_SUPPORTED
-        | CKR_SEED_RANDOM_REQUIRED
-        | CKR_OPERATION_NOT_VALIDATED
-        | CKR_PARAMETER_SET_NOT_SUPPORTED => Class::Refused,
-        _ => Class::Ambiguous,
-    }
+/// Those that PKCS#11 3.x added.
+const NEWER: [(CK_RV, &str, Class); 10] = [
+    (CKR_AEAD_DECRYPT_FAILED, "CKR_AEAD_DECRYPT_FAILED", Class::Data),
+    (CKR_OPERATION_CANCEL_FAILED, "CKR_OPERATION_CANCEL_FAILED", Class::Session),
+    (CKR_PENDING, "CKR_PENDING", Class::Session),
+    (CKR_TOKEN_NOT_INITIALIZED, "CKR_TOKEN_NOT_INITIALIZED", Class::Device),
+    (CKR_TOKEN_RESOURCE_EXCEEDED, "CKR_TOKEN_RESOURCE_EXCEEDED", Class::Capacity),
+    (CKR_KEY_EXHAUSTED, "CKR_KEY_EXHAUSTED", Class::Refused),
+    (CKR_SESSION_ASYNC_NOT_SUPPORTED, "CKR_SESSION_ASYNC_NOT_SUPPORTED", Class::Refused),
+    (CKR_SEED_RANDOM_REQUIRED, "CKR_SEED_RANDOM_REQUIRED", Class::Refused),
+    (CKR_OPERATION_NOT_VALIDATED, "CKR_OPERATION_NOT_VALIDATED", Class::Refused),
+    (CKR_PARAMETER_SET_NOT_SUPPORTED, "CKR_PARAMETER_SET_NOT_SUPPORTED", Class::Refused),
+];
+
+fn newer(code: CK_RV) -> Option<(&'static str, Class)> {
+    NEWER.iter().find(|(number, ..)| *number == code).map(|(_, name, class)| (*name, *class))
 }
 
 /// The name in the standard, which is what an operator searches the vendor's manual for.
 fn code_name(code: &RvError) -> String {
     if let RvError::VendorDefined(number) | RvError::UnknownErrorCode(number) = code {
-        return format!("return code 0x{number:08X}");
+        return match newer(*number) {
+            Some((name, _)) => name.to_owned(),
+            None => format!("return code 0x{number:08X}"),
+        };
     }
     let mut name = String::from("CKR");
     for letter in format!("{code:?}").chars() {
@@ -359,5 +365,8 @@ mod tests {
             VaultError::BadInput("C_Sign: return code 0x80000401".to_owned())
         );
         assert_eq!(code_name(&RvError::FipsSelfTestFailed), "CKR_FIPS_SELF_TEST_FAILED");
+        for (number, name, _) in NEWER {
+            assert_eq!(code_name(&RvError::UnknownErrorCode(number)), name);
+        }
     }
 }

@@ -5,7 +5,7 @@
 //! second run treats what the first one left.
 
 use crate::check::{CHECKED, check_input, first_quarter};
-use crate::pkcs11::error::Fault;
+use crate::pkcs11::error::{Class, Fault};
 use crate::pkcs11::keys::{self, Kind};
 use crate::pkcs11::raw::BLOCK;
 use crate::pkcs11::seat::{Seat, emptied};
@@ -343,10 +343,18 @@ fn parts(seat: &Seat, id: Uuid) -> Result<Vec<ObjectHandle>, Fault> {
 fn clear(seat: &Seat, id: Uuid) -> Result<(), Fault> {
     let parts = parts(seat, id)?;
     seat.forget(id);
+    let mut gone = None;
     for part in parts {
-        seat.destroy_object(part)?;
+        match seat.destroy_object(part) {
+            // One that was shown twice is destroyed once.
+            Err(fault) if fault.class() == Some(Class::Handle) => gone = Some(fault),
+            other => other?,
+        }
     }
-    Ok(())
+    match gone {
+        Some(fault) if !self::parts(seat, id)?.is_empty() => Err(fault),
+        _ => Ok(()),
+    }
 }
 
 /// Which of our secret keys this is, and whether it stays in the token; `None` for a stranger's.

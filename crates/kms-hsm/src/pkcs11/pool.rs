@@ -415,6 +415,8 @@ fn serve(seat: &Seat, job: &mut dyn Job) -> Outcome {
             }
             Err(_) => Outcome::Lost(Repair::Device, cause(fault)),
         },
+        // Only a login says that the PIN is refused; taken for that, one odd answer would stop the service for good.
+        Some(Class::Credential) => Outcome::Failed(VaultError::Unavailable { cause: cause(fault) }),
         _ => Outcome::Failed(fault.into_answer()),
     }
 }

@@ -127,7 +127,11 @@ impl Seat {
             [only] => *only,
             [first, ..] if self.are_one(kind, &found)? => *first,
             several => {
-                let what = format!("{} objects where one may be: {kind:?} {id}", several.len());
+                let what = format!(
+                    "{} objects that are not one key have the name {id} ({kind:?}), so none of them is used: remove those \
+                     that do not belong there (CKA_ID is the 16 bytes of that name)",
+                    several.len()
+                );
                 return Err(VaultError::Policy(what).into());
             }
         };
@@ -138,19 +142,35 @@ impl Seat {
     /// Whether these objects are one key that is shown several times. While several processes make objects in one token,
     /// SoftHSM 2.6 may show one of them twice, for as long as the process lives; what computes alike is the same key.
     pub(super) fn are_one(&self, kind: Kind, objects: &[ObjectHandle]) -> Result<bool, Fault> {
-        let input = [0; BLOCK];
         let mut made = Vec::with_capacity(objects.len());
         for object in objects {
-            made.push(match kind {
-                Kind::Root | Kind::Canary => {
-                    self.raw().encrypt(&self.session, *object, &[0; BLOCK], &input)?
-                }
-                Kind::Mac => self.raw().hmac(&self.session, *object, &input)?.to_vec(),
-                Kind::Signing | Kind::Verifying => return Ok(false),
-            });
+            match self.fingerprint(kind, *object) {
+                // Ours could.
+                Err(fault) if fault.class() == Some(Class::Refused) => return Ok(false),
+                other => made.push(other?),
+            }
         }
         made.dedup();
         Ok(made.len() == 1)
+    }
+
+    /// What no other key makes, of the same input.
+    fn fingerprint(&self, kind: Kind, object: ObjectHandle) -> Result<Vec<u8>, Fault> {
+        let (raw, input) = (self.raw(), [0; BLOCK]);
+        match kind {
+            Kind::Root | Kind::Canary => raw.encrypt(&self.session, object, &input, &input),
+            Kind::Mac => raw.hmac(&self.session, object, &input).map(|code| code.to_vec()),
+            // PKCS #1 v1.5 has no random part.
+            Kind::Signing => raw.sign(&self.session, object, &input),
+            Kind::Verifying => {
+                let shown = self.attributes(object, &[AttributeType::Modulus])?;
+                let modulus = shown.into_iter().find_map(|one| match one {
+                    Attribute::Modulus(modulus) => Some(modulus),
+                    _ => None,
+                });
+                modulus.ok_or_else(|| Fault::device("a public key without a modulus"))
+            }
+        }
     }
 
     /// All objects that fit, as a logged-in session sees them.

@@ -19,7 +19,7 @@ enum Class {
     Repaired,
     /// The token is full.
     Capacity,
-    /// The PIN is refused.
+    /// The PIN, which only a login can be refused for.
     Credential,
     /// The token does not do this.
     Refused,
@@ -286,7 +286,8 @@ fn fits(verb: Verb, function: Function, code: &str, answer: &Result<(), VaultErr
     match class(code) {
         Class::Repaired => answer.is_ok(),
         Class::Capacity => matches!(answer, Err(VaultError::Capacity(_))),
-        Class::Credential => matches!(answer, Err(VaultError::Credential(_))),
+        // Of a login it would be final.
+        Class::Credential => matches!(answer, Err(VaultError::Unavailable { .. })),
         Class::Refused => matches!(answer, Err(VaultError::Policy(_))),
         Class::Data => match verb {
             Verb::Unwrap => *answer == Err(VaultError::NotAuthentic),

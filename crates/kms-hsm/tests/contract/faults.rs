@@ -2,8 +2,9 @@
 
 use crate::cases::pattern;
 use crate::isolated;
-use crate::shim::{Shim, long_run, timed};
+use crate::shim::{Shim, attempts_within, long_run, take_at_most, timed};
 use crate::token::{LABEL, PIN, SO_PIN, TestToken, eventually, secret};
+use kms_core::secret::SecretBytes;
 use kms_hsm::pkcs11::{Pin, Pkcs11Vault, Settings, init_token};
 use kms_hsm::{Circuit, Vault, VaultError};
 use pkcs11_shim::Function;
@@ -19,12 +20,34 @@ pub(crate) async fn sessions_that_die_under_load_fail_no_request(token: TestToke
     let vault = Arc::new(shim.open());
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
+    take_at_most([Duration::from_secs(1)], "the longest request", async || {
+        let logins = shim.logins();
+        let longest = under_load(&vault, id, || shim.order("sessions die")).await;
+        assert_eq!(shim.logins(), logins + 5, "one login for each loss");
+        [longest]
+    })
+    .await;
+}
+
+/// A thousand requests, of which none may fail, and five times `harm` among them. How long the longest took.
+async fn under_load(vault: &Arc<Pkcs11Vault>, id: Uuid, harm: impl Fn()) -> Duration {
     let mut beat = tokio::time::interval(Duration::from_millis(5));
+    // A machine that stood still is not flooded with what it has missed.
+    beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut requests = JoinSet::new();
+    let mut longest = Duration::ZERO;
+    let mut note = |request: Result<(Result<SecretBytes, VaultError>, Duration), _>| {
+        let (answer, took) = request.unwrap();
+        assert_eq!(answer.unwrap().as_slice(), pattern(32).as_slice());
+        longest = longest.max(took);
+    };
     for number in 0..1000 {
         beat.tick().await;
+        while requests.len() >= 100 {
+            note(requests.join_next().await.unwrap());
+        }
         if number % 200 == 100 {
-            shim.order("sessions die");
+            harm();
         }
         let vault = vault.clone();
         requests.spawn(async move {
@@ -35,14 +58,10 @@ pub(crate) async fn sessions_that_die_under_load_fail_no_request(token: TestToke
             .await
         });
     }
-    let mut longest = Duration::ZERO;
     while let Some(request) = requests.join_next().await {
-        let (answer, took) = request.unwrap();
-        assert_eq!(answer.unwrap().as_slice(), pattern(32).as_slice());
-        longest = longest.max(took);
+        note(request);
     }
-    assert!(longest <= Duration::from_secs(1), "one request took {longest:?}");
-    assert_eq!(shim.logins(), 6, "one login when it was opened and one for each loss");
+    longest
 }
 
 /// While the token is gone every answer comes at once, and logins are not tried against a token that is not there.
@@ -52,25 +71,29 @@ pub(crate) async fn a_token_that_is_gone_is_said_at_once_and_found_again(token: 
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
     let away = Duration::from_secs(if long_run() { 30 } else { 3 });
-    let logins = shim.logins();
-    shim.order("token gone");
-    let start = tokio::time::Instant::now();
-    while start.elapsed() < away {
-        let (answer, took) = timed(vault.wrap(id, b"c", pattern(32))).await;
-        assert!(matches!(answer, Err(VaultError::Unavailable { .. })), "{answer:?}");
-        assert!(took <= Duration::from_millis(250), "the answer took {took:?}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(shim.logins(), logins);
-    shim.order("");
-    let back = async {
-        while vault.wrap(id, b"c", pattern(32)).await.is_err() {
+    let bounds = [Duration::from_millis(250), Duration::from_secs(2)];
+    take_at_most(bounds, "the longest refusal, and until it is found again", async || {
+        let logins = shim.logins();
+        shim.order("token gone");
+        let (start, mut longest) = (tokio::time::Instant::now(), Duration::ZERO);
+        while start.elapsed() < away {
+            let (answer, took) = timed(vault.wrap(id, b"c", pattern(32))).await;
+            assert!(matches!(answer, Err(VaultError::Unavailable { .. })), "{answer:?}");
+            longest = longest.max(took);
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-    };
-    let ((), took) = timed(back).await;
-    assert!(took <= Duration::from_secs(2), "found again after {took:?}");
-    assert_eq!(shim.logins(), logins + 1);
+        assert_eq!(shim.logins(), logins);
+        shim.order("");
+        let back = async {
+            while vault.wrap(id, b"c", pattern(32)).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let ((), found) = timed(back).await;
+        assert_eq!(shim.logins(), logins + 1);
+        [longest, found]
+    })
+    .await;
 }
 
 /// A vault opens without its token, names the cause, and serves when the token comes.
@@ -102,7 +125,8 @@ pub(crate) async fn logins_that_fail_are_tried_with_pauses(token: TestToken) {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     let tried = shim.logins() - logins;
-    assert!((3..=6).contains(&tried), "{tried} logins in three seconds");
+    let most = attempts_within(start.elapsed());
+    assert!((3..=most).contains(&tried), "{tried} logins in {:?}", start.elapsed());
     shim.order("");
     eventually("it is let in again", async || vault.probe().await.is_ok()).await;
 }
@@ -159,7 +183,8 @@ pub(crate) async fn a_refused_pin_is_tried_once_over_many_processes(token: TestT
 /// A call that hangs is left behind at the deadline; the others are told at once, and served when it returns.
 pub(crate) async fn a_call_that_hangs_holds_nobody(token: TestToken) {
     let shim = Shim::before(&token);
-    let deadline = Duration::from_millis(300);
+    // What does not hang is well within it on any machine.
+    let deadline = Duration::from_secs(2);
     let vault = Pkcs11Vault::open(Settings { deadline, ..shim.settings.clone() }).unwrap();
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
@@ -171,10 +196,13 @@ pub(crate) async fn a_call_that_hangs_holds_nobody(token: TestToken) {
         answers,
         (Err(VaultError::TimedOut), Err(VaultError::TimedOut), Err(VaultError::TimedOut))
     );
-    assert!(took <= Duration::from_millis(1300), "they waited {took:?}");
-    let (answer, took) = timed(vault.unwrap(id, b"c", wrapped.clone())).await;
-    assert!(matches!(answer, Err(VaultError::Unavailable { .. })), "{answer:?}");
-    assert!(took <= Duration::from_millis(100), "told after {took:?}");
+    assert!(took < 2 * deadline, "they waited {took:?}, each for itself and not one for the other");
+    take_at_most([Duration::from_millis(100)], "to be told", async || {
+        let (answer, took) = timed(vault.unwrap(id, b"c", wrapped.clone())).await;
+        assert!(matches!(answer, Err(VaultError::Unavailable { .. })), "{answer:?}");
+        [took]
+    })
+    .await;
     shim.order("");
     eventually("the calls have returned", async || wrap(&vault, id).await.is_ok()).await;
     assert!(vault.unwrap(id, b"c", wrapped).await.is_ok());
@@ -215,8 +243,9 @@ pub(crate) async fn sessions_never_leak(token: TestToken) {
 
 /// A flood of wrapped keys that nobody made: no session is given up, the breaker stays closed, and good requests go on.
 ///
-/// Up to 1,000 bad and 200 good unwraps a second, in turns with the good ones alone. Other work on the machine only
-/// ever slows a turn down, so the best turns of either kind are compared: a harm that the flood does is in all of them.
+/// Up to 1,000 bad and 200 good unwraps a second (fewer on a machine that would be busy with them all the time), in turns
+/// with the good ones alone. Other work on the machine only ever slows a turn down, so the best turns of either kind are
+/// compared: a harm that the flood does is in all of them.
 pub(crate) async fn pitfall_19_a_flood_of_bad_unwraps_harms_nobody(token: TestToken) {
     let shim = Shim::before(&token);
     let vault = Arc::new(shim.open());
@@ -225,27 +254,31 @@ pub(crate) async fn pitfall_19_a_flood_of_bad_unwraps_harms_nobody(token: TestTo
     let good = vault.wrap(id, b"c", pattern(32)).await.unwrap();
     let mut bad = good.clone();
     bad.hash[0] ^= 1;
+    let round = async |flood: usize| {
+        let mut requests = JoinSet::new();
+        for (wrapped, wanted) in
+            std::iter::repeat_n((&bad, false), flood).chain(std::iter::repeat_n((&good, true), 2))
+        {
+            let (vault, wrapped) = (vault.clone(), wrapped.clone());
+            requests.spawn(async move {
+                let answer = vault.unwrap(id, b"c", wrapped).await.map(|_| ());
+                assert_eq!(answer, if wanted { Ok(()) } else { Err(VaultError::NotAuthentic) });
+            });
+        }
+        requests.join_all().await;
+        assert_eq!(vault.circuit(), Circuit::Closed);
+    };
+    let mut busy = Duration::MAX;
+    for _ in 0..25 {
+        busy = busy.min(timed(round(10)).await.1);
+    }
     let turn = async |flood: usize| {
-        let mut beat = tokio::time::interval(Duration::from_millis(10));
+        let mut beat = tokio::time::interval(Duration::from_millis(10).max(4 * busy));
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let rounds = async {
             for _ in 0..25 {
                 beat.tick().await;
-                let mut requests = JoinSet::new();
-                for (wrapped, wanted) in std::iter::repeat_n((&bad, false), flood)
-                    .chain(std::iter::repeat_n((&good, true), 2))
-                {
-                    let (vault, wrapped) = (vault.clone(), wrapped.clone());
-                    requests.spawn(async move {
-                        let answer = vault.unwrap(id, b"c", wrapped).await.map(|_| ());
-                        assert_eq!(
-                            answer,
-                            if wanted { Ok(()) } else { Err(VaultError::NotAuthentic) }
-                        );
-                    });
-                }
-                requests.join_all().await;
-                assert_eq!(vault.circuit(), Circuit::Closed);
+                round(flood).await;
             }
         };
         timed(rounds).await.1

@@ -116,7 +116,7 @@ pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
 
 /// Asks until the answer is yes. For what happens in the vault's own time.
 pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, ask: impl Fn() -> F) {
-    let patience = Duration::from_secs(20);
+    let patience = Duration::from_secs(60);
     let asking = async {
         while !ask().await {
             tokio::time::sleep(Duration::from_millis(20)).await;

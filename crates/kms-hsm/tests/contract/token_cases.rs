@@ -1,6 +1,7 @@
 //! What only a real token can show: how keys look from outside the vault, and its limits.
 
 use crate::cases::pattern;
+use crate::shim::Shim;
 use crate::token::{LABEL, PIN, SO_PIN, TestToken, eventually, secret};
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{
@@ -169,12 +170,91 @@ pub(crate) async fn half_a_key_pair_is_left_as_it_is(token: TestToken) {
 
 pub(crate) async fn two_objects_of_one_name_are_refused(token: TestToken) {
     let vault = token.open();
-    let id = Uuid::new_v4();
+    let (id, signing) = (Uuid::new_v4(), Uuid::new_v4());
     vault.create_version(id).await.unwrap();
-    plant(&token.back_door().session(), id);
-    let refused = vault.wrap(id, b"c", pattern(32)).await;
-    assert!(matches!(refused, Err(VaultError::Policy(_))), "{refused:?}");
+    vault.make_signing_key(signing).await.unwrap();
+    let session = token.back_door().session();
+    plant(&session, id);
+    let named = [Attribute::Token(true), Attribute::Id(signing.as_bytes().to_vec())];
+    let length = [named.to_vec(), vec![Attribute::ModulusBits(2048.into())]].concat();
+    session.generate_key_pair(&Mechanism::RsaPkcsKeyPairGen, &length, &named).unwrap();
+    let said = |answer: Option<VaultError>, kind: &str, id: Uuid| {
+        let wanted = format!("2 objects that are not one key have the name {id} ({kind})");
+        let Some(VaultError::Policy(why)) = answer else { panic!("{kind}: {answer:?}") };
+        assert!(why.starts_with(&wanted), "{why}");
+    };
+    said(vault.wrap(id, b"c", pattern(32)).await.err(), "Root", id);
+    said(vault.sign(signing, b"d").await.err(), "Signing", signing);
+    said(vault.public_half(signing).await.err(), "Verifying", signing);
     assert_eq!(vault.incomplete().await, Ok(vec![id]));
+    assert_eq!(vault.versions().await, Ok(vec![]));
+}
+
+/// Two objects that compute alike are one key, wherever the second comes from.
+pub(crate) async fn two_objects_of_one_key_are_one(token: TestToken) {
+    let vault = token.open();
+    let id = Uuid::new_v4();
+    let put = |session: &Session, kind: KeyType, value: u8, length: usize| {
+        let mac = kind == KeyType::GENERIC_SECRET;
+        let template = [
+            Attribute::Class(ObjectClass::SECRET_KEY),
+            Attribute::KeyType(kind),
+            Attribute::Token(true),
+            Attribute::Id(id.as_bytes().to_vec()),
+            Attribute::Sensitive(true),
+            Attribute::Extractable(false),
+            Attribute::Encrypt(!mac),
+            Attribute::Decrypt(!mac),
+            Attribute::Sign(mac),
+            Attribute::Value(vec![value; length]),
+        ];
+        session.create_object(&template).unwrap()
+    };
+    let session = token.back_door().session();
+    for _ in 0..3 {
+        put(&session, KeyType::AES, 7, 32);
+        put(&session, KeyType::GENERIC_SECRET, 8, 64);
+    }
+    let wrapped = vault.wrap(id, b"c", pattern(32)).await.unwrap();
+    assert_eq!((vault.versions().await, vault.incomplete().await), (Ok(vec![id]), Ok(vec![])));
+    // Whoever comes now has no handles yet, and ends the sessions of those before.
+    let vault = token.open();
+    let session = token.back_door().session();
+    // One more that is another key, and nobody knows which of them was meant.
+    let other = put(&session, KeyType::GENERIC_SECRET, 9, 64);
+    let refused = vault.unwrap(id, b"c", wrapped.clone()).await;
+    assert!(matches!(refused, Err(VaultError::Policy(_))), "{refused:?}");
+    assert_eq!((vault.versions().await, vault.incomplete().await), (Ok(vec![]), Ok(vec![id])));
+    session.destroy_object(other).unwrap();
+    let opened = vault.unwrap(id, b"c", wrapped).await.unwrap();
+    assert_eq!(opened.as_slice(), pattern(32).as_slice());
+}
+
+/// As SoftHSM does with objects that another process has made.
+pub(crate) async fn an_object_that_is_shown_twice_is_one(token: TestToken) {
+    let shim = Shim::before(&token);
+    let (id, signing) = (Uuid::new_v4(), Uuid::new_v4());
+    let vault = shim.open();
+    vault.create_version(id).await.unwrap();
+    let public = vault.make_signing_key(signing).await.unwrap();
+    let wrapped = vault.wrap(id, b"c", pattern(32)).await.unwrap();
+    let signature = vault.sign(signing, b"d").await.unwrap();
+    drop(vault);
+    // Whoever comes now has no handles yet.
+    shim.order("objects twice");
+    let vault = shim.open();
+    let opened = vault.unwrap(id, b"c", wrapped).await.unwrap();
+    assert_eq!(opened.as_slice(), pattern(32).as_slice());
+    assert_eq!(vault.sign(signing, b"d").await, Ok(signature));
+    assert_eq!(vault.public_half(signing).await.as_ref(), Ok(&public));
+    assert_eq!(vault.make_signing_key(signing).await, Ok(public), "it is there already");
+    let later = Uuid::new_v4();
+    vault.create_version(later).await.unwrap();
+    let mut both = vec![id, later];
+    both.sort();
+    assert_eq!((vault.versions().await, vault.incomplete().await), (Ok(both), Ok(vec![])));
+    assert_eq!(vault.destroy_version(id).await, Ok(()));
+    assert_eq!(vault.versions().await, Ok(vec![later]));
 }
 
 pub(crate) async fn an_existing_token_is_not_initialised_again(token: TestToken) {
@@ -228,23 +308,31 @@ pub(crate) async fn a_full_queue_says_busy(token: TestToken) {
     let vault = Pkcs11Vault::open(settings).unwrap();
     let id = Uuid::new_v4();
     vault.create_version(id).await.unwrap();
-    // An RSA key pair keeps the only session busy for longer than it takes to ask 64 times.
-    let slow = vault.make_signing_key(Uuid::new_v4());
-    let asks = (0..64).map(|_| vault.wrap(id, b"c", pattern(32)));
-    let answers = async {
-        let mut asked = Vec::new();
-        for ask in asks {
-            asked.push(Box::pin(ask));
+    // An RSA key pair keeps the only session busy for longer than it takes to ask 64 times, unless the machine stands
+    // still meanwhile.
+    let mut most = 0;
+    for _ in 0..10 {
+        let slow = vault.make_signing_key(Uuid::new_v4());
+        let asks = (0..64).map(|_| vault.wrap(id, b"c", pattern(32)));
+        let answers = async {
+            let mut asked = Vec::new();
+            for ask in asks {
+                asked.push(Box::pin(ask));
+            }
+            poll_all(asked).await
+        };
+        let (slow, answers) = tokio::join!(biased; slow, answers);
+        assert!(slow.is_ok());
+        let busy = answers.iter().filter(|answer| **answer == Err(VaultError::Busy)).count();
+        let served = answers.iter().filter(|answer| answer.is_ok()).count();
+        assert_eq!(busy + served, 64, "{answers:?}");
+        assert!(served >= 1, "nobody was served");
+        most = most.max(busy);
+        if most >= 61 {
+            break;
         }
-        poll_all(asked).await
-    };
-    let (slow, answers) = tokio::join!(biased; slow, answers);
-    assert!(slow.is_ok());
-    let busy = answers.iter().filter(|answer| **answer == Err(VaultError::Busy)).count();
-    let served = answers.iter().filter(|answer| answer.is_ok()).count();
-    assert_eq!(busy + served, 64, "{answers:?}");
-    assert!(busy >= 61, "only {busy} were refused");
-    assert!(served >= 1, "nobody was served");
+    }
+    assert!(most >= 61, "only {most} were refused");
 }
 
 pub(crate) async fn a_call_that_does_not_return_is_not_waited_for(token: TestToken) {
