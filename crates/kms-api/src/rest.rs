@@ -109,6 +109,10 @@ pub struct KeyResource {
     pub deletion_date: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deleted_by: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub purge_allowed: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub purge_allowed_from: Option<String>,
     /// Base64 key material: on import, and when a standard key is read.
     #[serde(
         default,

@@ -39,6 +39,8 @@ struct Slot {
     /// When the key service last gave it out.
     confirmed: Duration,
     last_used: Duration,
+    /// When it was last handed out to be asked for again.
+    asked: Duration,
 }
 
 impl DekId {
@@ -84,7 +86,7 @@ impl DekCache {
     pub fn keep(&self, id: DekId, wdek: Arc<[u8]>, dek: Dek, now: Duration, capacity: usize) {
         let mut slots = self.slots();
         let last_used = slots.get(&id).map_or(now, |slot| slot.last_used);
-        slots.insert(id, Slot { dek, wdek, confirmed: now, last_used });
+        slots.insert(id, Slot { dek, wdek, confirmed: now, last_used, asked: now });
         while slots.len() > capacity.max(1) {
             let Some(oldest) =
                 slots.iter().min_by_key(|(_, slot)| slot.last_used).map(|(id, _)| id.clone())
@@ -96,15 +98,22 @@ impl DekCache {
     }
 
     /// Those that were confirmed so long ago and were used since: to be asked for again before they end and a caller
-    /// has to wait for them.
-    pub fn due(&self, now: Duration, age: Duration) -> Vec<(DekId, Arc<[u8]>)> {
-        self.slots()
-            .iter()
+    /// has to wait for them. At most `most`; whoever was not among them is the next time.
+    pub fn due(&self, now: Duration, age: Duration, most: usize) -> Vec<(DekId, Arc<[u8]>)> {
+        let mut slots = self.slots();
+        let mut due: Vec<_> = slots
+            .iter_mut()
             .filter(|(_, slot)| {
                 now.saturating_sub(slot.confirmed) >= age && slot.last_used > slot.confirmed
             })
-            .map(|(id, slot)| (id.clone(), slot.wdek.clone()))
-            .collect()
+            .collect();
+        due.sort_unstable_by_key(|(_, slot)| slot.asked);
+        let due = due.into_iter().take(most);
+        due.map(|(id, slot)| {
+            slot.asked = now;
+            (id.clone(), slot.wdek.clone())
+        })
+        .collect()
     }
 
     /// The one that was used last of each CRK.
@@ -125,9 +134,12 @@ impl DekCache {
         self.slots().retain(|_, slot| slot.lives(now, lifetime));
     }
 
-    /// Wipes whatever does not belong to one of these CRKs.
-    pub fn keep_only(&self, wanted: impl Fn(&CrkName) -> bool) {
-        self.slots().retain(|id, _| wanted(&id.crk));
+    /// Wipes whatever does not belong to one of these CRKs, and says how many those were.
+    pub fn keep_only(&self, wanted: impl Fn(&CrkName) -> bool) -> usize {
+        let mut slots = self.slots();
+        let before = slots.len();
+        slots.retain(|id, _| wanted(&id.crk));
+        before - slots.len()
     }
 
     /// Wipes one.
@@ -229,12 +241,31 @@ mod tests {
         keep(&cache, b"2", at(0), 10);
         cache.find(&id(b"1"), at(10), HOUR);
         let age = at(45);
-        assert!(cache.due(at(44), age).is_empty());
-        let due: Vec<_> = cache.due(at(45), age).into_iter().map(|(id, _)| id).collect();
+        assert!(cache.due(at(44), age, 10).is_empty());
+        let due: Vec<_> = cache.due(at(45), age, 10).into_iter().map(|(id, _)| id).collect();
         assert_eq!(due, [id(b"1")]);
         keep(&cache, b"1", at(45), 10);
-        assert!(cache.due(at(46), age).is_empty(), "confirmed just now");
+        assert!(cache.due(at(46), age, 10).is_empty(), "confirmed just now");
         assert!(cache.find(&id(b"1"), at(100), HOUR).is_some(), "it lives on");
+    }
+
+    #[test]
+    fn everybody_has_a_turn_also_where_the_first_are_never_confirmed() {
+        let cache = DekCache::new();
+        let all: HashMap<_, _> = (0..5u8).map(|number| (id(&[number]), number)).collect();
+        for number in 0..5u8 {
+            keep(&cache, &[number], at(0), 10);
+            cache.find(&id(&[number]), at(1), HOUR);
+        }
+        let mut seen: Vec<_> = (45..48)
+            .map(|minute| cache.due(at(minute), at(45), 2))
+            .inspect(|due| assert_eq!(due.len(), 2))
+            .flatten()
+            .map(|(id, _)| all[&id])
+            .collect();
+        seen.truncate(5);
+        seen.sort_unstable();
+        assert_eq!(seen, [0, 1, 2, 3, 4]);
     }
 
     #[test]

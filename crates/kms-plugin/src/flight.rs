@@ -1,6 +1,7 @@
 //! Single flight: however many callers want the same thing at once, the work is done once.
 //!
-//! Nothing is remembered here: an answer goes to those who waited for it and to nobody else.
+//! Nothing is remembered here: an answer goes to those who waited for it and to nobody else. One that tells only of the
+//! caller who did the work, such as that its deadline passed, goes to nobody else at all.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -13,6 +14,7 @@ use tokio::sync::watch;
 #[derive(Debug)]
 pub struct Flights<K, T> {
     flying: Mutex<HashMap<K, watch::Receiver<Option<T>>>>,
+    is_own: fn(&T) -> bool,
 }
 
 /// Whether a caller did the work or waited for another's.
@@ -23,12 +25,13 @@ pub enum Seat {
 }
 
 impl<K: Clone + Eq + Hash, T: Clone> Flights<K, T> {
-    pub fn new() -> Flights<K, T> {
-        Flights { flying: Mutex::new(HashMap::new()) }
+    /// `is_own` says of which answers nobody but the caller who did the work may hear.
+    pub fn new(is_own: fn(&T) -> bool) -> Flights<K, T> {
+        Flights { flying: Mutex::new(HashMap::new()), is_own }
     }
 
     /// Does `work`, or waits for whoever does it already. If that caller goes away before the end (its
-    /// client gave up), one of the waiting starts again.
+    /// client gave up), or its answer is its own, one of the waiting starts again.
     pub async fn join<F: Future<Output = T>>(&self, key: K, work: impl FnOnce() -> F) -> (T, Seat) {
         loop {
             let mut answer = match self.board(&key) {
@@ -54,12 +57,6 @@ impl<K: Clone + Eq + Hash, T: Clone> Flights<K, T> {
     }
 }
 
-impl<K: Clone + Eq + Hash, T: Clone> Default for Flights<K, T> {
-    fn default() -> Flights<K, T> {
-        Flights::new()
-    }
-}
-
 /// Clears the runway also when its caller is dropped in the middle of the work.
 struct Landing<'a, K: Eq + Hash, T> {
     flights: &'a Flights<K, T>,
@@ -70,7 +67,9 @@ struct Landing<'a, K: Eq + Hash, T> {
 impl<K: Eq + Hash, T: Clone> Landing<'_, K, T> {
     async fn fly(self, work: impl Future<Output = T>) -> T {
         let answer = work.await;
-        self.result.send_replace(Some(answer.clone()));
+        if !(self.flights.is_own)(&answer) {
+            self.result.send_replace(Some(answer.clone()));
+        }
         answer
     }
 }
@@ -90,7 +89,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_thousand_callers_cost_one_piece_of_work() {
-        let flights = Arc::new(Flights::<u8, usize>::new());
+        let flights = Arc::new(Flights::<u8, usize>::new(|_| false));
         let (worked, gate) = (Arc::new(AtomicUsize::new(0)), Arc::new(Semaphore::new(0)));
         let callers: Vec<_> = (0..1000)
             .map(|_| {
@@ -118,7 +117,7 @@ mod tests {
 
     #[tokio::test]
     async fn when_the_pilot_goes_away_a_passenger_takes_over() {
-        let flights = Arc::new(Flights::<u8, &str>::new());
+        let flights = Arc::new(Flights::<u8, &str>::new(|_| false));
         let pilot = tokio::spawn({
             let flights = flights.clone();
             async move { flights.join(7, std::future::pending).await }
@@ -133,5 +132,32 @@ mod tests {
         assert_eq!(passenger.await.unwrap(), ("second", Seat::Pilot));
         let (answer, _) = flights.join(7, || async { "third" }).await;
         assert_eq!(answer, "third", "nothing is remembered");
+    }
+
+    #[tokio::test]
+    async fn what_tells_only_of_the_pilot_no_passenger_hears() {
+        let flights = Arc::new(Flights::<u8, &str>::new(|answer| *answer == "my deadline passed"));
+        let gate = Arc::new(Semaphore::new(0));
+        let pilot = tokio::spawn({
+            let (flights, gate) = (flights.clone(), gate.clone());
+            async move {
+                let work = || async {
+                    gate.acquire().await.unwrap().forget();
+                    "my deadline passed"
+                };
+                flights.join(7, work).await
+            }
+        });
+        tokio::task::yield_now().await;
+        let passengers = [(); 3].map(|()| {
+            let flights = flights.clone();
+            tokio::spawn(async move { flights.join(7, || async { "found" }).await.0 })
+        });
+        tokio::task::yield_now().await;
+        gate.add_permits(1);
+        assert_eq!(pilot.await.unwrap(), ("my deadline passed", Seat::Pilot));
+        for passenger in passengers {
+            assert_eq!(passenger.await.unwrap(), "found");
+        }
     }
 }

@@ -7,23 +7,21 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use kms_core::cipher::v2;
 use kms_core::key_id::{KeyId, KeyIdError};
 use kms_core::secret::Dek;
 
 use crate::dek_cache::CrkName;
-use crate::provider::guard::Guard;
 use crate::provider::{Backend, NewDek};
-use crate::sealer::{SealerError, Status};
+use crate::sealer::{Refusal, SealerError, Status};
+use active::Active;
 
-/// One entry of the configuration: a CRK and the way to it.
-#[derive(Debug)]
-pub struct Crk {
-    pub name: CrkName,
-    /// KP_CONFIG.VERSION: how KMS v1 values and key_ids name this entry.
-    pub kp_version: i64,
-    pub service: Guard,
-}
+mod active;
+mod crk;
+
+pub use crk::{Crk, Ring};
+
+/// So long may some replicas of a key service not know of a rotation that others do.
+const REPLICAS_LAG: Duration = Duration::from_secs(60);
 
 /// Why a changed configuration is not taken over. The operator must write another one.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -38,13 +36,6 @@ pub enum InstallError {
          opened: list it in KP_CONFIG_PREVIOUS, and give KP_CONFIG a VERSION that was never used, such as {free}"
     )]
     Forgotten { crk: CrkName, kp_version: i64, free: i64 },
-}
-
-/// The CRK that wraps, and those that only unwrap.
-#[derive(Debug, Clone)]
-pub struct Ring {
-    pub current: Arc<Crk>,
-    pub previous: Vec<Arc<Crk>>,
 }
 
 /// What the configuration says about DEKs.
@@ -105,6 +96,14 @@ pub struct Asked {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Grant(u64);
 
+/// What a request has learned about a CRK.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    Wraps,
+    Unwraps,
+    Fails,
+}
+
 /// A new DEK, ready to seal with.
 #[derive(Debug)]
 pub struct Adopted {
@@ -116,8 +115,10 @@ pub struct Adopted {
 /// Why an answer of the key service was not taken over.
 #[derive(Debug)]
 pub enum NotAdopted {
-    /// It was asked before the key_id changed or access ended, or it still wraps with a version that was replaced.
+    /// It was asked before the key_id changed or access ended.
     Stale,
+    /// It wraps with a version that another one had replaced: a replica lags, or it was restored from a backup.
+    Replaced { backend: Backend, version: String, by: String },
     /// The names of instance, CRK and version make no key_id.
     KeyId(KeyIdError),
 }
@@ -136,6 +137,8 @@ pub struct Keys {
     grants: HashMap<CrkName, Grant>,
     /// The key service was seen to unwrap, not only to wrap.
     proven: bool,
+    /// Since when the key service wraps with a version that was replaced.
+    replaced: Option<Duration>,
     /// How often `reported` changed.
     changes: u64,
     /// Since when the configuration wants another key_id than the reported one.
@@ -144,17 +147,6 @@ pub struct Keys {
     ready: Result<(), SealerError>,
     /// Whether the CRK does that the configuration has moved away from, while it still seals.
     fallback: Result<(), SealerError>,
-}
-
-#[derive(Debug)]
-struct Active {
-    crk: Arc<Crk>,
-    key_id: KeyId,
-    wdek: Arc<[u8]>,
-    dek: Option<Dek>,
-    born: Duration,
-    confirmed: Duration,
-    uses: u64,
 }
 
 impl Keys {
@@ -173,6 +165,7 @@ impl Keys {
             retired: Vec::new(),
             grants: HashMap::new(),
             proven: false,
+            replaced: None,
             changes: 0,
             moved: None,
             fallback: ready.clone(),
@@ -194,8 +187,9 @@ impl Keys {
     ) -> Result<(), InstallError> {
         self.check(&ring)?;
         if let Some(active) = &mut self.active {
-            if active.crk.wraps_like(&ring.current) {
-                active.crk = ring.current.clone();
+            // The way to it may be another one now, also where it is no longer the current one.
+            if let Some(crk) = ring.entries().find(|crk| active.crk.wraps_like(crk)) {
+                active.crk = crk.clone();
             }
             if !policy.keeps_dek() {
                 active.dek = None;
@@ -261,7 +255,7 @@ impl Keys {
     /// DEK and key_id change in this one step: first rotated, reported from here on.
     ///
     /// # Errors
-    /// If the answer is older than what is reported; then nothing changed.
+    /// If the answer or the version is older than what is reported; then nothing changed.
     pub fn adopt(
         &mut self,
         asked: &Asked,
@@ -277,14 +271,11 @@ impl Keys {
         }
         let changed = self.reported.as_ref() != Some(&key_id);
         let wanted = self.wants(&asked.crk);
-        let outdated = self.changes != asked.changes || !wanted;
-        let replaced = self.retired.contains(&key_id) || self.is_replaced(name, version);
-        if changed && (outdated || replaced) {
-            return Err(NotAdopted::Stale);
-        }
         if changed {
+            self.check_news(asked, &key_id)?;
             self.report(key_id.clone());
         }
+        self.replaced = None;
         let worn = |active: &Active| active.is_worn(&self.policy, now);
         if changed || wanted && self.active.as_ref().is_none_or(worn) {
             self.active = Some(Active {
@@ -295,6 +286,7 @@ impl Keys {
                 born: now,
                 confirmed: now,
                 uses: 0,
+                opens: true,
             });
         }
         let sealing = Sealing { dek: new.dek.clone(), wdek: new.wdek.clone(), key_id, kp_version };
@@ -307,17 +299,49 @@ impl Keys {
         (now.saturating_sub(active.confirmed) >= age).then(|| active.wrapped())
     }
 
+    /// The WDEK that seals, or would if it opened.
+    pub fn sealing(&self) -> Option<Wrapped> {
+        self.active.as_ref().map(Active::wrapped)
+    }
+
     /// The key service has given out the DEK of `wdek` again.
     pub fn confirm(&mut self, grant: Grant, wdek: &[u8], dek: &Dek, now: Duration) {
+        let keeps_dek = self.policy.keeps_dek();
         let granted = |active: &Active| self.grant(&active.crk.name) == grant;
-        if !self.policy.keeps_dek() || !self.active.as_ref().is_some_and(granted) {
+        if !self.active.as_ref().is_some_and(granted) {
             return;
         }
         if let Some(active) = self.active.as_mut().filter(|active| *active.wdek == *wdek) {
-            active.dek = Some(dek.clone());
-            active.confirmed = now;
-            self.proven = true;
+            active.opens = true;
+            if keeps_dek {
+                active.dek = Some(dek.clone());
+                active.confirmed = now;
+                self.proven = true;
+            }
         }
+    }
+
+    /// The key service does not know `wdek`. Nothing more is sealed with its DEK, until it does again.
+    pub fn lose(&mut self, wdek: &[u8]) {
+        if let Some(active) = self.active.as_mut().filter(|active| *active.wdek == *wdek) {
+            (active.opens, active.dek) = (false, None);
+        }
+    }
+
+    /// What the probe makes of a key service that wraps with a version which was replaced.
+    ///
+    /// # Errors
+    /// The cause: at once if it does not open what seals, and after a while even if it does, because the next DEK is
+    /// not to be had.
+    pub fn outlast(
+        &mut self,
+        cause: SealerError,
+        opens: bool,
+        now: Duration,
+    ) -> Result<(), SealerError> {
+        let since = *self.replaced.get_or_insert(now);
+        let lags = opens && now.saturating_sub(since) < REPLICAS_LAG;
+        if lags { Ok(()) } else { Err(cause) }
     }
 
     /// Access to this CRK was withdrawn: nothing more is sealed with its DEK, and the cause is what Status says. False
@@ -376,13 +400,18 @@ impl Keys {
     /// # Errors
     /// Why sealing is not possible.
     pub fn status(&self, now: Duration) -> Result<Status, SealerError> {
-        let from_memory = self.active.as_ref().is_some_and(|active| {
-            active.dek.is_some() && active.may_seal(&self.policy, now) && !self.policy.new_dek
-        });
-        if !from_memory || !self.proven {
-            if self.clings() { self.fallback.clone()? } else { self.ready.clone()? }
+        let new_dek = self.policy.new_dek;
+        let sealing =
+            self.active.as_ref().filter(|active| active.may_seal(&self.policy, now) && !new_dek);
+        let from_memory = sealing.is_some_and(|active| active.dek.is_some()) && self.proven;
+        let found = if self.clings() { &self.fallback } else { &self.ready };
+        match found {
+            Err(cause) if is_replaced(cause) && sealing.is_some() => {}
+            Err(cause) if !from_memory => return Err(cause.clone()),
+            _ => {}
         }
         if let Some(active) = &self.active {
+            active.check_opens()?;
             active.check_room()?;
         }
         let key_id = self.reported.clone();
@@ -423,31 +452,42 @@ impl Keys {
 
     /// How many configured CRKs have a service that is down, so that callers are turned away.
     pub fn down(&self) -> usize {
-        let crks = std::iter::once(&self.ring.current).chain(&self.ring.previous);
-        crks.filter(|crk| crk.service.is_down()).count()
+        self.ring.entries().filter(|crk| crk.service.is_down()).count()
     }
 
     /// True if `version` of `crk` is news: neither reported nor replaced.
     pub fn is_news(&self, crk: &CrkName, version: &str) -> bool {
         let reported = self.reported.as_ref().filter(|reported| names(reported, crk));
         reported.is_some_and(|reported| reported.version() != version)
-            && !self.is_replaced(crk, version)
+            && self.successor(crk, version).is_none()
     }
 
-    /// What a request has just found out about this CRK is not what the last probe did.
-    pub fn contradicts(&self, crk: &CrkName, ok: bool) -> bool {
-        if *crk == self.ring.current.name {
-            return self.ready.is_ok() != ok;
-        }
+    /// What a request has just found out about this CRK is not what the last probe did. That it unwraps is no news of one
+    /// that was seen not to wrap.
+    pub fn contradicts(&self, crk: &CrkName, found: Found) -> bool {
         let clings_to_it =
             self.clings() && self.active.as_ref().is_some_and(|active| active.crk.name == *crk);
-        clings_to_it && self.fallback.is_ok() != ok
+        let probed = match *crk == self.ring.current.name {
+            true => &self.ready,
+            false if clings_to_it => &self.fallback,
+            false => return false,
+        };
+        match (probed, found) {
+            (Ok(()), found) => found == Found::Fails,
+            (Err(_), Found::Fails) => false,
+            (Err(cause), Found::Wraps) => !is_replaced(cause),
+            (Err(cause), Found::Unwraps) => !is_replaced(cause) && !is_no_wrap(cause),
+        }
+    }
+
+    /// It is one of those that are configured now, and not one of the same name of before.
+    pub fn knows(&self, crk: &Crk) -> bool {
+        self.known().any(|known| std::ptr::eq(&raw const **known, crk))
     }
 
     /// The configuration's CRKs, and the one that still seals while a new one is being tried.
     fn known(&self) -> impl Iterator<Item = &Arc<Crk>> {
-        let active = self.active.iter().map(|active| &active.crk);
-        std::iter::once(&self.ring.current).chain(&self.ring.previous).chain(active)
+        self.ring.entries().chain(self.active.iter().map(|active| &active.crk))
     }
 
     /// A DEK of this entry's CRK may seal: the configuration says so, or the new one is not proven yet.
@@ -456,16 +496,32 @@ impl Keys {
             || self.active.as_ref().is_some_and(|active| crk.is_entry(&active.crk))
     }
 
-    /// Another version has taken its place. If the configuration chooses the version, every other one is replaced; if
-    /// the service does, one that another one followed is an old replica's.
-    fn is_replaced(&self, crk: &CrkName, version: &str) -> bool {
+    /// Whether another key_id than the reported one may be.
+    fn check_news(&self, asked: &Asked, key_id: &KeyId) -> Result<(), NotAdopted> {
+        let service = &asked.crk.service;
+        let version = key_id.version();
+        let successor = self.successor(&asked.crk.name, version);
+        let outdated = self.changes != asked.changes || !self.wants(&asked.crk);
+        if outdated || successor.is_some() && service.named_version().is_some() {
+            return Err(NotAdopted::Stale);
+        }
+        if let Some(by) = successor {
+            let (version, by) = (version.to_owned(), by.to_owned());
+            return Err(NotAdopted::Replaced { backend: service.backend(), version, by });
+        }
+        if self.retired.contains(key_id) { Err(NotAdopted::Stale) } else { Ok(()) }
+    }
+
+    /// The version that has taken its place. If the configuration chooses the version, every other one is replaced; if
+    /// the service does, one that another one followed.
+    fn successor(&self, crk: &CrkName, version: &str) -> Option<&str> {
         let current = &self.ring.current;
         if let Some(named) = current.service.named_version().filter(|_| current.name == *crk) {
-            return named != version;
+            return (named != version).then_some(named);
         }
         let history = self.retired.iter().chain(&self.reported);
-        let mut versions = history.filter(|key_id| names(key_id, crk)).map(KeyId::version);
-        versions.any(|seen| seen == version) && versions.any(|later| later != version)
+        let versions = history.filter(|key_id| names(key_id, crk)).map(KeyId::version);
+        versions.skip_while(|seen| *seen != version).filter(|later| *later != version).last()
     }
 
     fn asking(&self, crk: &Arc<Crk>) -> Asked {
@@ -494,11 +550,10 @@ impl Keys {
     /// No key_id comes back, and what was sealed a moment ago can be opened.
     fn check(&self, ring: &Ring) -> Result<(), InstallError> {
         let Some(reported) = &self.reported else { return Ok(()) };
-        let entries = || std::iter::once(&ring.current).chain(&ring.previous);
-        let used = entries().map(|crk| crk.kp_version);
+        let used = ring.entries().map(|crk| crk.kp_version);
         let used = used.chain(self.retired.iter().chain([reported]).map(KeyId::kp_version));
         let free = used.max().unwrap_or_default().saturating_add(1);
-        if !entries().any(|crk| belongs(reported, crk)) {
+        if !ring.entries().any(|crk| belongs(reported, crk)) {
             let (instance, crk) = (reported.instance().into(), reported.crk().into());
             let (crk, kp_version) = (CrkName { instance, crk }, reported.kp_version());
             return Err(InstallError::Forgotten { crk, kp_version, free });
@@ -528,52 +583,17 @@ fn belongs(key_id: &KeyId, crk: &Crk) -> bool {
     names(key_id, &crk.name) && key_id.kp_version() == crk.kp_version
 }
 
-impl Crk {
-    /// The same entry, whatever URL or API key leads to it.
-    fn is_entry(&self, other: &Crk) -> bool {
-        self.name == other.name && self.kp_version == other.kp_version
-    }
+fn is_replaced(cause: &SealerError) -> bool {
+    matches!(cause, SealerError::Refused { refusal: Refusal::Replaced, .. })
+}
 
-    /// The same entry, and the same version of its CRK where the configuration names one.
-    fn wraps_like(&self, other: &Crk) -> bool {
-        self.is_entry(other) && self.service.named_version() == other.service.named_version()
-    }
+fn is_no_wrap(cause: &SealerError) -> bool {
+    matches!(cause, SealerError::Refused { refusal: Refusal::NoWrap, .. })
 }
 
 impl Policy {
     /// A DEK for sealing is held in memory.
     fn keeps_dek(&self) -> bool {
         !self.new_dek && !self.lifetime.is_zero()
-    }
-}
-
-impl Active {
-    /// Neither too old nor used up; where DEKs are kept, its DEK is there and the service confirmed it in time.
-    fn may_seal(&self, policy: &Policy, now: Duration) -> bool {
-        let fresh = self.dek.is_some() && now.saturating_sub(self.confirmed) < policy.lifetime;
-        (fresh || !policy.keeps_dek())
-            && now.saturating_sub(self.born) < policy.max_age
-            && self.uses < policy.max_uses
-    }
-
-    /// To be replaced when there is an occasion, before an Encrypt has to wait for it.
-    fn is_worn(&self, policy: &Policy, now: Duration) -> bool {
-        !self.may_seal(policy, now)
-            || self.uses >= policy.max_uses - policy.max_uses / 10
-            || now.saturating_sub(self.born) >= policy.max_age - policy.max_age / 10
-    }
-
-    fn check_room(&self) -> Result<(), SealerError> {
-        v2::check_wdek(self.crk.kp_version, &self.wdek).map_err(|error| SealerError::Unavailable {
-            text: format!(
-                "the {}'s wrapped DEKs have {} bytes, which is too long for KMS v2: {error}",
-                self.crk.service.backend(),
-                self.wdek.len()
-            ),
-        })
-    }
-
-    fn wrapped(&self) -> Wrapped {
-        Wrapped { crk: self.crk.clone(), wdek: self.wdek.clone(), key_id: self.key_id.clone() }
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! No request ever waits for a probe.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +18,10 @@ use crate::sealer::{Call, Sealer, SealerError};
 const DEADLINE: Duration = Duration::from_secs(3);
 /// While the key service does not answer it is asked at least this often, so that recovery is seen soon.
 const WHILE_NOT_READY: Duration = Duration::from_secs(5);
+/// Between two probes at least half of this passes, however many requests want one.
+const BETWEEN_WANTED: Duration = Duration::from_secs(1);
+/// So many DEKs are refreshed between two probes: news of the service must not wait for all of them.
+const REFRESHED_AT_ONCE: usize = 256;
 
 /// Probes at once, then every `interval`, sooner while it fails or when a request found out something new.
 pub async fn run(sealer: Arc<Sealer>, interval: Duration, shutdown: Shutdown) {
@@ -28,10 +33,17 @@ pub async fn run(sealer: Arc<Sealer>, interval: Duration, shutdown: Shutdown) {
         let pause = pause(&sealer, ready, interval);
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            () = sealer.probe_wanted() => {}
+            () = wanted(&sealer) => {}
             () = shutdown.requested() => return,
         }
     }
+}
+
+async fn wanted(sealer: &Sealer) {
+    tokio::time::sleep(BETWEEN_WANTED / 2).await;
+    sealer.probe_wanted().await;
+    let random = &sealer.tools().random;
+    tokio::time::sleep(random.between(Duration::ZERO, BETWEEN_WANTED / 2)).await;
 }
 
 /// Somewhat less than what is set, and by chance: plug-ins that began together, or met in an outage, drift apart.
@@ -78,7 +90,7 @@ async fn try_fallback(sealer: &Sealer, call: &Call) {
 async fn try_out(sealer: &Sealer, asked: &Asked, call: &Call) -> Result<(), SealerError> {
     let proof = prove(&asked.crk, call).await;
     let proof = sealer.learn(&asked.crk, proof)?;
-    adopt(sealer, asked, &proof)
+    adopt(sealer, asked, &proof, call).await
 }
 
 struct Proof {
@@ -99,13 +111,34 @@ async fn prove(crk: &Crk, call: &Call) -> Result<Proof, provider::Error> {
     Ok(Proof { new, is_behind: again.active_version.is_some() })
 }
 
-fn adopt(sealer: &Sealer, asked: &Asked, proof: &Proof) -> Result<(), SealerError> {
-    if proof.is_behind && sealer.status().is_ok() {
+/// What was proven need not be what seals: a replica lags, or the service was restored from a backup.
+async fn adopt(
+    sealer: &Sealer,
+    asked: &Asked,
+    proof: &Proof,
+    call: &Call,
+) -> Result<(), SealerError> {
+    if proof.is_behind && sealer.status().is_ok() && opens_what_seals(sealer, call).await? {
         return Ok(());
     }
     match sealer.adopt(asked, &proof.new) {
         // The key_id changed during this probe: what it found is true, but no news.
         Ok(_) | Err(NotAdopted::Stale) => Ok(()),
+        Err(replaced @ NotAdopted::Replaced { .. }) => {
+            let opens = opens_what_seals(sealer, call).await?;
+            sealer.keys().outlast(replaced.into(), opens, sealer.now())
+        }
+        Err(error @ NotAdopted::KeyId(_)) => Err(error.into()),
+    }
+}
+
+/// Whether the service still gives out the DEK that seals; if not, nothing more is sealed with it.
+async fn opens_what_seals(sealer: &Sealer, call: &Call) -> Result<bool, SealerError> {
+    let sealing = sealer.keys().sealing();
+    let Some(Wrapped { crk, wdek, .. }) = sealing else { return Ok(false) };
+    match refresh_one(sealer, &crk, &wdek, call).await {
+        Ok(()) => Ok(true),
+        Err(provider::Error::NotAuthentic) => Ok(false),
         Err(error) => Err(error.into()),
     }
 }
@@ -130,29 +163,45 @@ async fn refresh(sealer: &Sealer, call: &Call) {
         let age = refresh_age(keys.policy().lifetime, &sealer.tools().random);
         (age, keys.to_refresh(sealer.now(), age))
     };
+    // Each may have a service of its own.
+    let mut away = HashSet::new();
     if let Some(Wrapped { crk, wdek, .. }) = sealing
-        && !refresh_one(sealer, &crk, &wdek, call).await
+        && refresh_one(sealer, &crk, &wdek, call).await.is_err_and(|error| error.is_outage())
     {
-        return;
+        away.insert(crk.name.clone());
     }
-    for (id, wdek) in sealer.deks().due(sealer.now(), age) {
-        let Some(crk) = sealer.keys().named(&id.crk) else { continue };
-        if !refresh_one(sealer, &crk, &wdek, call).await {
-            return;
+    let due = sealer.deks().due(sealer.now(), age, REFRESHED_AT_ONCE);
+    let (wanted, mut refreshed) = (due.len(), 0);
+    for (id, wdek) in due {
+        let Some(crk) = sealer.keys().named(&id.crk).filter(|crk| !away.contains(&crk.name)) else {
+            continue;
+        };
+        match refresh_one(sealer, &crk, &wdek, call).await {
+            Ok(()) => refreshed += 1,
+            Err(error) if error.is_outage() => drop(away.insert(id.crk)),
+            Err(_) => {}
         }
+    }
+    if wanted == REFRESHED_AT_ONCE && refreshed > 0 {
+        sealer.want_probe();
     }
 }
 
-/// False if the service is away, so that the rest need not be tried now.
-async fn refresh_one(sealer: &Sealer, crk: &Crk, wdek: &Arc<[u8]>, call: &Call) -> bool {
+async fn refresh_one(
+    sealer: &Sealer,
+    crk: &Crk,
+    wdek: &Arc<[u8]>,
+    call: &Call,
+) -> Result<(), provider::Error> {
     let grant = sealer.keys().grant(&crk.name);
     let answer = crk.service.unwrap(wdek, call).await;
-    let away = answer.as_ref().is_err_and(provider::Error::is_outage);
-    if let Ok(unwrapped) = sealer.learn(crk, answer) {
-        sealer.keys().confirm(grant, wdek, &unwrapped.dek, sealer.now());
-        sealer.keep(crk, grant, wdek.clone(), &unwrapped.dek);
+    if answer.as_ref().is_err_and(|error| *error == provider::Error::NotAuthentic) {
+        sealer.keys().lose(wdek);
     }
-    !away
+    let unwrapped = sealer.learn(crk, answer)?;
+    sealer.keys().confirm(grant, wdek, &unwrapped.dek, sealer.now());
+    sealer.keep(crk, grant, wdek.clone(), &unwrapped.dek);
+    Ok(())
 }
 
 fn expire(sealer: &Sealer) {

@@ -2,13 +2,15 @@
 //!
 //! Nothing here connects; the first request does.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use aws_lc_rs::digest::{Context, Digest, SHA256};
 use kms_api::client::{Ca, ClientSettings, KeyProtect, SetupError, USER_AGENT};
-use kms_api::token::{TokenSettings, TokenSource};
+use kms_api::token::{Credential, TokenSettings, TokenSource};
 use kms_daemon::settings::Mistakes;
+use zeroize::Zeroizing;
 
-use crate::config::{Config, Hsm, KpConfig};
+use crate::config::{Config, Hsm, KpConfig, Server};
 use crate::dek_cache::CrkName;
 use crate::keys::{Crk, Ring};
 use crate::provider::KeyService;
@@ -24,16 +26,25 @@ const CONNECTIONS: usize = 2;
 #[derive(Debug)]
 pub struct RingMaker {
     tools: Tools,
+    tokens: Mutex<Option<Tokens>>,
     /// One for the life of the process: a PKCS#11 library's login belongs to the process, so two HSMs would log each
     /// other out.
     #[cfg(feature = "pkcs11")]
     hsm: std::sync::OnceLock<Arc<pkcs11::Hsm>>,
 }
 
+#[derive(Debug)]
+struct Tokens {
+    source: TokenSource,
+    /// A digest of all that decides where a token comes from, and with what.
+    way: Vec<u8>,
+}
+
 impl RingMaker {
     pub fn new(tools: Tools) -> RingMaker {
         RingMaker {
             tools,
+            tokens: Mutex::default(),
             #[cfg(feature = "pkcs11")]
             hsm: std::sync::OnceLock::new(),
         }
@@ -58,12 +69,7 @@ impl RingMaker {
     }
 
     fn behind_key_service(&self, config: &Config) -> Result<Vec<Arc<dyn KeyService>>, Mistakes> {
-        let server = &config.server;
-        let token = TokenSettings {
-            url: server.token_url.clone(),
-            ca: Some(Ca::File(server.token_ca.clone())),
-        };
-        let tokens = TokenSource::new(&token, server.credential.clone(), self.tools.clock.clone());
+        let tokens = self.tokens(&config.server);
         let mut mistakes = Vec::new();
         let mut note = |name: &str, error: SetupError| mistakes.push(format!("{name}: {error}"));
         let tokens = tokens.map_err(|error| note("SERVER_CONFIG.TOKEN_URL", error)).ok();
@@ -78,6 +84,23 @@ impl RingMaker {
             })
             .collect();
         if mistakes.is_empty() { Ok(services) } else { Err(Mistakes(mistakes)) }
+    }
+
+    /// The token in hand stays where only something else was changed: the token service may be away just now.
+    fn tokens(&self, server: &Server) -> Result<TokenSource, SetupError> {
+        let mut kept = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let way = way(server).ok().map(|way| way.as_ref().to_vec());
+        if let (Some(way), Some(kept)) = (&way, &*kept)
+            && kept.way == *way
+        {
+            return Ok(kept.source.clone());
+        }
+        let ca = Some(Ca::File(server.token_ca.clone()));
+        let settings = TokenSettings { url: server.token_url.clone(), ca };
+        let (credential, clock) = (server.credential.clone(), self.tools.clock.clone());
+        let source = TokenSource::new(&settings, credential, clock)?;
+        *kept = way.map(|way| Tokens { source: source.clone(), way });
+        Ok(source)
     }
 
     #[cfg(feature = "pkcs11")]
@@ -122,4 +145,28 @@ fn client(entry: &KpConfig, tokens: TokenSource) -> Result<KeyProtect, SetupErro
         user_agent: USER_AGENT.to_owned(),
     };
     KeyProtect::new(&settings, tokens)
+}
+
+/// # Errors
+/// When a file cannot be read.
+fn way(server: &Server) -> std::io::Result<Digest> {
+    let mut digest = Context::new(&SHA256);
+    let mut add = |bytes: &[u8]| {
+        digest.update(&bytes.len().to_be_bytes());
+        digest.update(bytes);
+    };
+    add(server.token_url.as_bytes());
+    add(&std::fs::read(&server.token_ca)?);
+    match &server.credential {
+        Credential::ApiKey(key) => add(key.expose().as_bytes()),
+        Credential::ApiKeyFile(path) => add(&Zeroizing::new(std::fs::read(path)?)),
+        // It changes every hour and is nobody else's for it.
+        Credential::CrTokenFile { path, profile } => {
+            add(path.as_os_str().as_encoded_bytes());
+            for name in [&profile.id, &profile.name] {
+                add(name.as_deref().unwrap_or_default().as_bytes());
+            }
+        }
+    }
+    Ok(digest.finish())
 }

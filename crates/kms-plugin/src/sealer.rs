@@ -18,7 +18,7 @@ use tracing::field::{DisplayValue, display};
 use crate::dek_cache::{DekCache, DekId};
 use crate::flight::{Flights, Seat};
 use crate::keys::{
-    Adopted, Asked, Crk, Grant, InstallError, Keys, Next, NotAdopted, Policy, Ring, Sealing,
+    Adopted, Asked, Crk, Found, Grant, InstallError, Keys, Next, NotAdopted, Policy, Ring, Sealing,
     Wrapped,
 };
 use crate::metrics::Snapshot;
@@ -35,6 +35,9 @@ pub struct Call {
 }
 
 impl Call {
+    /// kube-apiserver's own default `timeout`, for callers that name none.
+    pub const USUAL_DEADLINE: Duration = Duration::from_secs(3);
+
     /// For the field `trace_id` of each log line; without a trace there is none.
     pub fn trace_id(&self) -> Option<DisplayValue<TraceId>> {
         self.trace.map(|trace| display(trace.trace_id()))
@@ -88,6 +91,8 @@ pub enum Refusal {
     KeyState,
     /// The CRK does not wrap: it is disabled, expired or used up. Whether it still unwraps is not said.
     NoWrap,
+    /// It wraps with a version that another one had replaced.
+    Replaced,
     /// The request itself, such as an instance header that is no UUID: nothing was withdrawn.
     Request,
 }
@@ -103,6 +108,12 @@ pub struct Sealer {
     tools: Tools,
 }
 
+/// kube-apiserver hands on the deadline of whoever asks it: a `--request-timeout=200ms` says nothing to those with time
+/// left.
+fn ran_out_of_time<T>(answer: &Result<T, SealerError>) -> bool {
+    matches!(answer, Err(SealerError::TimedOut(_)))
+}
+
 /// A key service may answer with an older version while its replicas catch up; so often it is asked again.
 const ATTEMPTS_AT_A_NEW_DEK: usize = 3;
 
@@ -111,8 +122,8 @@ impl Sealer {
         Sealer {
             keys: Mutex::new(Keys::new(ring, policy)),
             deks: DekCache::new(),
-            unwraps: Flights::new(),
-            renewals: Flights::new(),
+            unwraps: Flights::new(ran_out_of_time),
+            renewals: Flights::new(ran_out_of_time),
             probe_wanted: Notify::new(),
             tools,
         }
@@ -212,7 +223,7 @@ impl Sealer {
         self.keys().install(ring, policy, self.now())?;
         self.forget_strangers();
         self.deks.expire(self.now(), policy.lifetime);
-        self.probe_wanted.notify_one();
+        self.want_probe();
         Ok(())
     }
 
@@ -257,15 +268,29 @@ impl Sealer {
 
     /// A DEK that the key service makes now; it becomes the one that seals, if that is due.
     async fn new_dek(&self, call: &Call) -> Result<Sealing, SealerError> {
+        let mut last = NotAdopted::Stale;
         for _ in 0..ATTEMPTS_AT_A_NEW_DEK {
             let asked = self.keys().to_seal();
-            let new = self.heard(&asked.crk, asked.crk.service.wrap_new(call).await)?;
+            let new =
+                self.heard(&asked.crk, Found::Wraps, asked.crk.service.wrap_new(call).await)?;
             match self.adopt(&asked, &new) {
-                Err(NotAdopted::Stale) => continue,
-                result => return result.map_err(SealerError::from),
+                Err(older @ (NotAdopted::Stale | NotAdopted::Replaced { .. })) => last = older,
+                Ok(sealing) => {
+                    // It does not do what the probe found any more.
+                    if let Err(SealerError::Refused { refusal: Refusal::Replaced, .. }) =
+                        self.ready()
+                    {
+                        self.want_probe();
+                    }
+                    return Ok(sealing);
+                }
+                Err(error) => return Err(error.into()),
             }
         }
-        Err(NotAdopted::Stale.into())
+        if matches!(last, NotAdopted::Replaced { .. }) && self.ready().is_ok() {
+            self.want_probe();
+        }
+        Err(last.into())
     }
 
     /// CACHE_TIMEOUT_IN_HOURS is 0: the same WDEK seals, but its DEK is asked for each time.
@@ -329,22 +354,30 @@ impl Sealer {
     }
 
     async fn unwrap(&self, crk: &Crk, wdek: &[u8], call: &Call) -> Result<Dek, SealerError> {
-        let unwrapped = self.heard(crk, crk.service.unwrap(wdek, call).await)?;
+        let unwrapped = self.heard(crk, Found::Unwraps, crk.service.unwrap(wdek, call).await)?;
         let version = unwrapped.active_version.as_deref();
         if version.is_some_and(|version| self.keys().is_news(&crk.name, version)) {
-            self.probe_wanted.notify_one();
+            self.want_probe();
         }
         Ok(unwrapped.dek)
     }
 
     /// The same for a request's answer. The probe decides what is reported as ready; an answer that contradicts it is
     /// reason to ask again.
-    fn heard<T>(&self, crk: &Crk, answer: Result<T, provider::Error>) -> Result<T, SealerError> {
-        let about_crk = !matches!(answer, Err(provider::Error::NotAuthentic));
-        if about_crk && self.keys().contradicts(&crk.name, answer.is_ok()) {
-            self.probe_wanted.notify_one();
+    fn heard<T>(
+        &self,
+        crk: &Crk,
+        wanted: Found,
+        answer: Result<T, provider::Error>,
+    ) -> Result<T, SealerError> {
+        let found = match &answer {
+            Ok(_) => Some(wanted),
+            Err(error) => error.is_about_crk().then_some(Found::Fails),
+        };
+        if found.is_some_and(|found| self.keys().contradicts(&crk.name, found)) {
+            self.want_probe();
         }
-        self.learn(crk, answer)
+        Ok(self.learn(crk, answer)?)
     }
 
     async fn in_time<T>(
@@ -390,6 +423,10 @@ impl Sealer {
         self.probe_wanted.notified().await;
     }
 
+    pub(crate) fn want_probe(&self) {
+        self.probe_wanted.notify_one();
+    }
+
     pub(crate) fn adopt(&self, asked: &Asked, new: &NewDek) -> Result<Sealing, NotAdopted> {
         let Adopted { sealing, changed } = self.keys().adopt(asked, new, self.now())?;
         self.keep(&asked.crk, asked.grant, new.wdek.clone(), &new.dek);
@@ -424,29 +461,50 @@ impl Sealer {
         &self,
         crk: &Crk,
         answer: Result<T, provider::Error>,
-    ) -> Result<T, SealerError> {
-        let refused = answer.as_ref().err().and_then(provider::Error::withdrawn);
-        let answer = answer.map_err(SealerError::from);
-        if let (Some(withdrawn), Err(cause)) = (refused, &answer) {
-            // First the one that ends new answers, then the one that wipes those that are in.
-            let sealed = self.keys().withdraw(&crk.name, cause);
-            if withdrawn == Withdrawn::Both {
-                self.deks.keep_only(|name| *name != crk.name);
-            }
-            if sealed {
-                let (crk, what) = (&crk.name, withdrawn);
-                tracing::warn!(%crk, "Access to the CRK was refused, {what} dropped: {cause}");
-            }
+    ) -> Result<T, provider::Error> {
+        if let Err(error) = &answer
+            && let Some(withdrawn) = error.withdrawn()
+        {
+            self.withdraw(crk, withdrawn, &error.clone().into());
         }
         answer
+    }
+
+    fn withdraw(&self, crk: &Crk, withdrawn: Withdrawn, cause: &SealerError) {
+        let sealed = {
+            let mut keys = self.keys();
+            if !keys.knows(crk) {
+                // It was asked with a credential, or at a URL, that the configuration has left meanwhile. What it says
+                // need not be true of the new one.
+                self.want_probe();
+                return;
+            }
+            // First the one that ends new answers, then the one that wipes those that are in.
+            keys.withdraw(&crk.name, cause)
+        };
+        let wiped = match withdrawn {
+            Withdrawn::Both => self.deks.keep_only(|name| *name != crk.name),
+            Withdrawn::Sealing => 0,
+        };
+        if sealed || wiped > 0 {
+            let (crk, what) = (&crk.name, withdrawn);
+            tracing::warn!(%crk, "Access to the CRK was refused, {what} dropped: {cause}");
+        }
     }
 }
 
 impl From<NotAdopted> for SealerError {
     fn from(error: NotAdopted) -> SealerError {
         let text = match error {
-            NotAdopted::Stale => "a key version that was replaced has wrapped the DEK".into(),
+            NotAdopted::Stale => "the key version changed while a DEK was wrapped".into(),
             NotAdopted::KeyId(error) => error.to_string(),
+            NotAdopted::Replaced { backend, version, by } => {
+                let text = format!(
+                    "the {backend} wraps with version {version}, which {by} had replaced: if it was restored from a \
+                     backup, rotate the key (`kmsctl keys rotate`)"
+                );
+                return SealerError::Refused { refusal: Refusal::Replaced, text };
+            }
         };
         SealerError::Unavailable { text }
     }

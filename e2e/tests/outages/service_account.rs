@@ -125,14 +125,30 @@ fn the_issuer_of_the_service_accounts_token_is_away() -> Result<()> {
     })
 }
 
+/// It takes the account's token for one that has ended, or that is not good yet.
+#[test]
+fn the_clock_of_the_key_service_is_wrong_for_an_accounts_token() -> Result<()> {
+    CHAIN.with(|chain| {
+        let clocks = Clocks::of(chain)?;
+        fresh_token(chain)?;
+        let before = Before::the_outage(chain, "account-clock")?;
+        for offset in ["+1d", "-1d"] {
+            clocks.0[1].set(offset)?;
+            before.goes_on(chain, "CR_TOKEN_FILE cannot be used: BXNIM0407E", "unusable")?;
+        }
+        clocks.set("+0")?;
+        before.is_over(chain)
+    })
+}
+
 #[test]
 fn the_profile_is_deleted() -> Result<()> {
     CHAIN.with(|chain| {
         fresh_token(chain)?;
         let before = Before::the_outage(chain, "profile")?;
         let (owner, issuer) = account::delete_profile(chain, PROFILE)?;
-        before.is_refused(chain, "BXNIM0407E")?;
-        before.reads_end_with_kube_apiserver(chain, "BXNIM0407E")?;
+        before.is_refused(chain, "BXNIM0513E")?;
+        before.reads_end_with_kube_apiserver(chain, "BXNIM0513E")?;
         account::profile_for(chain, &owner, &issuer, PROFILE)?;
         before.is_over(chain)
     })

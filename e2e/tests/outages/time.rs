@@ -1,10 +1,12 @@
 //! Clocks that are wrong, and the end of what lives through an outage: a token, a cached DEK.
 
+use std::time::Duration;
+
 use keelson_e2e::assets::Kubernetes;
 use keelson_e2e::chain::{Chain, SecretsThrough, Shared, run_folder};
 use keelson_e2e::clock::{Wrong, WrongClock};
 use keelson_e2e::relay::Relay;
-use keelson_e2e::{Error, Result};
+use keelson_e2e::{Error, Result, wait};
 
 use crate::columns::Before;
 use crate::network::UNREACHABLE;
@@ -94,7 +96,9 @@ fn a_cached_dek_ends_in_an_outage() -> Result<()> {
     })
 }
 
-/// What it sealed can be read for as long as it is there. In a chain of its own, which it is the CRK of from now on.
+/// What it sealed can be read for as long as it is there, with KMS v1. A kube-apiserver that starts meanwhile reads
+/// nothing through v2: that asks for one good Status and Encrypt first. In a chain of its own, which it is the CRK of from
+/// now on.
 #[test]
 fn the_crk_expires() -> Result<()> {
     let kubernetes = Some(Kubernetes::V1_37);
@@ -104,10 +108,25 @@ fn the_crk_expires() -> Result<()> {
     let crk = chain.kmsctl.create_key_until("expires", "2090-01-01T00:00:00Z")?;
     chain.plugin.restart_with(|config| config.crk_id = crk)?;
     let before = Before::the_outage(&chain, "expired")?;
+    chain.kubectl()?.create_configmap("through-v2", "kept", "kept")?;
     clock.set("+80y")?;
     before.only_opens(&chain, "KEY_ACTION_INVALID_STATE_ERR")?;
+    assert_eq!(chain.kubectl()?.configmap_value("through-v2", "kept")?, "kept");
     before.reads_go_on_in_a_new_kube_apiserver(&mut chain)?;
+    let through_v2 = |wanted: &str| {
+        let kubectl = chain.kubectl()?;
+        let what = format!("{wanted:?} of a configmap through v2");
+        wait::until(&what, Duration::from_secs(60), &[], || {
+            let seen = match kubectl.configmap_value("through-v2", "kept") {
+                Ok(value) => value,
+                Err(error) => error.to_string(),
+            };
+            if seen.contains(wanted) { Ok(()) } else { Err(seen) }
+        })
+    };
+    through_v2("nil transformer")?;
     clock.set("+0")?;
+    through_v2("kept")?;
     before.is_over(&chain)
 }
 

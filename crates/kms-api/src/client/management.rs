@@ -71,6 +71,11 @@ impl Management {
         self.create("/v1/serviceids", new, call).await
     }
 
+    /// Its policies, API keys and profiles go with it, and every token made with them stops working at once.
+    pub async fn delete_service_id(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        self.delete(format!("/v1/serviceids/{}", path_segment(id)), call).await
+    }
+
     pub async fn api_keys(&self, call: Call<'_>) -> Result<Vec<ApiKey>, Error> {
         let list: ApiKeys = self.read("/v1/apikeys", call).await?;
         Ok(list.apikeys)

@@ -223,6 +223,14 @@ impl KeyProtect {
         self.ask(ask, call).await.map(drop)
     }
 
+    /// Removes a destroyed key for good.
+    pub async fn purge_key(&self, id: &str, call: Call<'_>) -> Result<(), Error> {
+        let path = format!("{}/purge", key_path(id));
+        // Not replayed: the second answer would say "not found" of what this call did.
+        let ask = Ask { method: Method::DELETE, replay: Replay::Never, ..Ask::read(path) };
+        self.ask(ask, call).await.map(drop)
+    }
+
     async fn act(&self, id: &str, action: &str, call: Call<'_>) -> Result<(), Error> {
         let path = format!("{}?action={action}", key_path(id));
         // Not replayed: the second answer would say "not in a valid state" of what this call did.

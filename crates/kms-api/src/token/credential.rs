@@ -44,14 +44,19 @@ pub struct Profile {
 pub(super) struct Shown {
     /// The body of the request for a token.
     pub(super) form: WipedBuffer,
-    pub(super) end: Option<End>,
+    /// Where it is another issuer's token.
+    pub(super) foreign: Option<Foreign>,
 }
 
-/// When the token in a file ends, by its own word.
-pub(super) struct End {
+/// The token that lay in a file.
+pub(super) struct Foreign {
     path: PathBuf,
-    at: SystemTime,
+    /// By its own word.
+    ends: Option<SystemTime>,
 }
+
+/// kms-server's answer to a token that is not genuine, or not now; one that is and may do nothing gets another.
+const INVALID_TOKEN: &str = "BXNIM0407E";
 
 impl Credential {
     /// # Errors
@@ -74,7 +79,7 @@ impl Credential {
 impl Shown {
     fn api_key(key: &SecretText) -> Shown {
         let members = [("response_type", Some("cloud_iam")), ("apikey", Some(key.expose()))];
-        Shown { form: form(API_KEY_GRANT, &members), end: None }
+        Shown { form: form(API_KEY_GRANT, &members), foreign: None }
     }
 
     fn cr_token(path: &Path, token: &SecretText, profile: &Profile) -> Shown {
@@ -83,22 +88,30 @@ impl Shown {
             ("profile_name", profile.name.as_deref()),
             ("cr_token", Some(token.expose())),
         ];
-        let at = expiry(token.expose())
+        let ends = expiry(token.expose())
             .and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)));
-        let end = at.map(|at| End { path: path.to_owned(), at });
-        Shown { form: form(CR_TOKEN_GRANT, &members), end }
+        let foreign = Some(Foreign { path: path.to_owned(), ends });
+        Shown { form: form(CR_TOKEN_GRANT, &members), foreign }
     }
 }
 
-impl End {
-    /// What the token service's refusal means. It never says what is wrong with a token; but a token that has ended says
-    /// nothing about what its owner may do. Whoever should have put a new one into the file is away: that is an outage.
+impl Foreign {
+    /// What the token service's refusal means. That a token is not good now says nothing about what its owner may do: it
+    /// was not replaced in time, or the token service has a wrong clock or the issuer's keys of yesterday. Such an outage
+    /// must not end what all plug-ins of the token service hold in memory.
     pub(super) fn explain(&self, refusal: Error, now: SystemTime) -> Error {
-        let Ok(since) = now.duration_since(self.at) else { return refusal };
-        if !refusal.is_refusal() {
+        if !matches!(&refusal, Error::Iam { code, .. } if code == INVALID_TOKEN) {
             return refusal;
         }
-        let cause = format!("the token in it ended {} s ago and was not replaced", since.as_secs());
+        let cause = match self.ends.and_then(|ends| now.duration_since(ends).ok()) {
+            Some(since) => {
+                format!("the token in it ended {} s ago and was not replaced", since.as_secs())
+            }
+            None => format!(
+                "{refusal}. Is it of a trusted issuer and for the right audience, are the clocks right, and has the token \
+                 service the issuer's present keys?"
+            ),
+        };
         Error::CrTokenFile { path: shown(&self.path), cause }
     }
 }
@@ -187,21 +200,33 @@ mod tests {
     }
 
     #[test]
-    fn only_a_refusal_of_a_token_that_has_ended_is_no_refusal() {
+    fn a_token_that_is_not_good_now_is_no_refusal_of_its_owner() {
         let ended = |now: u64, error: Error| {
             let token = SecretText::new(token(r#"{"exp":1000}"#));
-            let end = Shown::cr_token("f".as_ref(), &token, &Profile::default()).end.unwrap();
-            end.explain(error, UNIX_EPOCH + Duration::from_secs(now))
+            let shown = Shown::cr_token("f".as_ref(), &token, &Profile::default());
+            shown.foreign.unwrap().explain(error, UNIX_EPOCH + Duration::from_secs(now))
         };
-        let refusal =
-            || Error::Iam { status: 400, code: "BXNIM0407E".into(), message: "no".into() };
-        assert_eq!(ended(999, refusal()), refusal(), "its owner was refused");
-        let outage = ended(1007, refusal());
-        assert!(outage.is_outage() && !outage.is_refusal(), "{outage:?}");
-        assert_eq!(
-            outage.to_string(),
-            "the service account's token in f cannot be used: the token in it ended 7 s ago and was not replaced"
-        );
+        let refusal = |status: u16, code: &str| Error::Iam {
+            status,
+            code: code.into(),
+            message: "no".into(),
+        };
+        for (now, cause) in [
+            (1007, "the token in it ended 7 s ago and was not replaced"),
+            (
+                999,
+                "BXNIM0407E:no. Is it of a trusted issuer and for the right audience, are the clocks right, and has the token \
+                 service the issuer's present keys?",
+            ),
+        ] {
+            let outage = ended(now, refusal(400, "BXNIM0407E"));
+            assert!(outage.is_outage() && !outage.is_refusal(), "{outage:?}");
+            let text = format!("the service account's token in f cannot be used: {cause}");
+            assert_eq!(outage.to_string(), text);
+        }
+        let refused = refusal(403, "BXNIM0513E");
+        assert_eq!(ended(999, refused.clone()), refused, "no profile trusts its owner");
+        assert_eq!(ended(1007, refused.clone()), refused);
         let away = Error::TimedOut { what: "the token service".into() };
         assert_eq!(ended(1007, away.clone()), away);
     }
@@ -212,7 +237,8 @@ mod tests {
             assert_eq!(expiry(token), None, "{token}");
         }
         let never = SecretText::new(token(&format!(r#"{{"exp":{}}}"#, u64::MAX)));
-        assert!(Shown::cr_token("f".as_ref(), &never, &Profile::default()).end.is_none());
+        let shown = Shown::cr_token("f".as_ref(), &never, &Profile::default());
+        assert!(shown.foreign.unwrap().ends.is_none());
     }
 
     #[test]

@@ -210,7 +210,7 @@ impl Shared {
 
     async fn request(&self, until: Instant) -> Result<Kept, Error> {
         let asked_at = self.clock.now();
-        let Shown { form, end } = self.credential.show()?;
+        let Shown { form, foreign } = self.credential.show()?;
         let headers = headers([
             (CONTENT_TYPE, HeaderValue::from_static("application/x-www-form-urlencoded")),
             (ACCEPT, HeaderValue::from_static("application/json")),
@@ -220,8 +220,8 @@ impl Shared {
         let answer = self.https.exchange(&exchange, until).await?;
         if !answer.status.is_success() {
             let refusal = Error::from_token_service(self.https.what(), answer.status, &answer.body);
-            return Err(match end {
-                Some(end) => end.explain(refusal, self.clock.wall()),
+            return Err(match foreign {
+                Some(foreign) => foreign.explain(refusal, self.clock.wall()),
                 None => refusal,
             });
         }

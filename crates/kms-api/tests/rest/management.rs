@@ -26,6 +26,7 @@ fn answer(asked: &Asked) -> Reply {
         ("POST", "/identity/token") => Reply::ok(json!({"access_token": "t", "expires_in": 3600})),
         ("GET", "/v1/serviceids") => Reply::ok(json!({"serviceids": [id]})),
         ("POST", "/v1/serviceids") => Reply::Json(201, id.to_string()),
+        ("DELETE", "/v1/serviceids/ServiceId-1") => Reply::Json(204, String::new()),
         ("GET", "/v1/apikeys") => Reply::ok(json!({"apikeys": []})),
         ("POST", "/v1/apikeys") => Reply::Json(201, key.to_string()),
         ("DELETE", "/v1/apikeys/ApiKey-1") => Reply::Json(204, String::new()),
@@ -73,6 +74,8 @@ async fn instances_service_ids_and_api_keys_are_managed_beside_the_token_endpoin
     management.revoke_api_key("ApiKey-1", call).await.unwrap();
     let refused = management.revoke_api_key("another", call).await.unwrap_err();
     assert_eq!(refused.to_string(), "BXNIM0513E:You are not authorized");
+    management.delete_service_id("ServiceId-1", call).await.unwrap();
+    assert!(management.delete_service_id("another", call).await.is_err());
     let sent = &server.asked()[4].body;
     assert_eq!(sent, r#"{"name":"node","role":"Viewer","instance_id":"i"}"#);
 }

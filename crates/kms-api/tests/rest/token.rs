@@ -209,9 +209,14 @@ fn account(server: &Server, path: &Path) -> (TokenSource, Arc<ManualClock>) {
     source(server, Credential::CrTokenFile { path: path.to_owned(), profile })
 }
 
-fn not_trusted() -> Reply {
-    let body = json!({"errorCode": "BXNIM0407E", "errorMessage": "The token is not trusted."});
+fn not_good_now() -> Reply {
+    let body = json!({"errorCode": "BXNIM0407E", "errorMessage": "Provided token is invalid."});
     Reply::Json(400, body.to_string())
+}
+
+fn not_trusted() -> Reply {
+    let body = json!({"errorCode": "BXNIM0513E", "errorMessage": "You are not authorized."});
+    Reply::Json(403, body.to_string())
 }
 
 #[tokio::test]
@@ -239,7 +244,7 @@ async fn a_service_accounts_token_is_read_anew_for_each_token() {
 #[tokio::test]
 async fn without_a_fresh_token_in_its_file_there_is_an_outage_and_no_refusal() {
     let server =
-        Server::start(|number, _| if number == 0 { numbered(0) } else { not_trusted() }).await;
+        Server::start(|number, _| if number == 0 { numbered(0) } else { not_good_now() }).await;
     let file = tempfile::NamedTempFile::new().unwrap();
     let (tokens, clock) = account(&server, file.path());
     std::fs::write(file.path(), cr_token(&clock, "stale", LIFE / 2)).unwrap();
@@ -274,7 +279,7 @@ async fn a_service_account_that_is_refused_loses_its_token_at_the_renewal() {
             Err(error) => break error,
         }
     };
-    assert_eq!(error.to_string(), "BXNIM0407E:The token is not trusted");
+    assert_eq!(error.to_string(), "BXNIM0513E:You are not authorized");
     assert!(error.is_refusal());
 }
 

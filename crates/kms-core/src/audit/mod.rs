@@ -22,6 +22,15 @@ pub const DONE: &str = "done";
 /// The outcome of a change that is about to be made. The record of how it ended follows; where it does not, whoever reads
 /// must look whether the change was made.
 pub const BEGUN: &str = "begun";
+/// The outcome in the second record of what became durable too late: whoever asked was told that it could not be done, or
+/// had gone. What was done was done all the same.
+pub const UNANSWERED: &str = "unanswered";
+/// What the log says of itself where a file of its chain, or the beginning of one, was not where it was left: removed while
+/// it was used, missing at the start, begun behind the record that was looked for. Whoever moved it away has it; else it is
+/// lost.
+pub const FILE_REMOVED: &str = "audit_file_removed";
+pub const FILE_MISSING: &str = "audit_file_missing";
+pub const PAST_MISSING: &str = "audit_past_missing";
 
 /// A number that databases can hold too, and that has a successor.
 const MAX_SEQ: u64 = i64::MAX.unsigned_abs();
@@ -46,7 +55,7 @@ pub struct Event<'a> {
     /// RFC 3339, UTC.
     pub at: Cow<'a, str>,
     pub action: Cow<'a, str>,
-    /// [`BEGUN`], [`DONE`], or the reason code of the refusal.
+    /// [`BEGUN`], [`DONE`], [`UNANSWERED`], or the reason code of the refusal.
     pub outcome: Cow<'a, str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caller: Option<Cow<'a, str>>,
@@ -59,6 +68,15 @@ pub struct Event<'a> {
     pub target: Option<Uuid>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<Uuid>,
+    /// The newer version that an unwrapped DEK was wrapped with again: one more use of a key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rewrapped: Option<Uuid>,
+    /// Whose policy, API key or profile the target is: those are deleted, and then nothing else tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_id: Option<Uuid>,
+    /// What a policy lets them do, or whom a profile trusts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grant: Option<Cow<'a, str>>,
     /// The caller's `Correlation-Id`: from the plug-in, the uid that kube-apiserver gave its call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub correlation: Option<Cow<'a, str>>,

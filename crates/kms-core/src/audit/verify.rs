@@ -4,8 +4,11 @@
 //! are found. Memory is bounded whatever the log holds.
 
 use super::anchor::{Anchor, PublicKey};
-use super::{Content, Hash, Line, Link, NotARecord, parse};
+use super::{
+    Content, Event, FILE_MISSING, FILE_REMOVED, Hash, Line, Link, NotARecord, PAST_MISSING, parse,
+};
 use serde::Serialize;
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use thiserror::Error;
 
@@ -73,6 +76,22 @@ pub struct Summary {
     pub late: u64,
     /// The one of them that took longest.
     pub longest: Option<Unanchored>,
+    /// How often the log says of itself that a file was gone. That is no tampering where the file was moved away and is
+    /// read, too: then all its records are there.
+    pub losses: u64,
+    /// The last of them.
+    pub last_loss: Option<Loss>,
+}
+
+/// A file, or the beginning of one, that a server did not find where it was left.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Loss {
+    /// The number of the record that says so.
+    pub record: u64,
+    pub at: String,
+    pub action: String,
+    /// What was looked for, where it is said.
+    pub detail: Option<String>,
 }
 
 /// Records that waited for their anchor, by what they and the anchor say themselves.
@@ -217,13 +236,26 @@ impl<'k> Verifier<'k> {
         }
         match &read.content {
             Content::Anchor(anchor) => self.anchor(anchor, read.seq, found),
-            Content::Event(event) if self.waiting.is_none() => {
-                self.waiting = Some((read.seq, event.at.clone().into_owned()));
+            Content::Event(event) => {
+                self.note_loss(event, read.seq);
+                self.waiting.get_or_insert_with(|| (read.seq, event.at.clone().into_owned()));
             }
-            Content::Event(_) => {}
         }
         self.last_at.clear();
         self.last_at.push_str(read.at());
+    }
+
+    fn note_loss(&mut self, event: &Event<'_>, record: u64) {
+        if ![FILE_REMOVED, FILE_MISSING, PAST_MISSING].contains(&&*event.action) {
+            return;
+        }
+        self.summary.losses += 1;
+        self.summary.last_loss = Some(Loss {
+            record,
+            at: event.at.clone().into_owned(),
+            action: event.action.clone().into_owned(),
+            detail: event.correlation.clone().map(Cow::into_owned),
+        });
     }
 
     fn anchor(&mut self, anchor: &Anchor<'_>, seq: u64, found: &mut Vec<Finding>) {

@@ -39,7 +39,7 @@ fn code(error: &SealerError) -> Code {
             // Operators search for the service's words behind exactly "code = Unknown desc = ".
             Refusal::Access | Refusal::Request => Code::Unknown,
             Refusal::NoSuchKey => Code::Unavailable,
-            Refusal::KeyState | Refusal::NoWrap => Code::FailedPrecondition,
+            Refusal::KeyState | Refusal::NoWrap | Refusal::Replaced => Code::FailedPrecondition,
         },
         SealerError::Unavailable { .. } => Code::Unavailable,
         SealerError::TimedOut(_) => Code::DeadlineExceeded,
@@ -63,6 +63,7 @@ mod tests {
             (refused(Refusal::Request), "UNKNOWN"),
             (refused(Refusal::NoSuchKey), "UNAVAILABLE"),
             (refused(Refusal::KeyState), "FAILED_PRECONDITION"),
+            (refused(Refusal::Replaced), "FAILED_PRECONDITION"),
             (SealerError::Unavailable { text: String::new() }, "UNAVAILABLE"),
             (SealerError::TimedOut(Backend::Hsm), "DEADLINE_EXCEEDED"),
             (SealerError::Overloaded(Backend::Hsm), "RESOURCE_EXHAUSTED"),

@@ -93,9 +93,20 @@ impl Guard {
     }
 
     fn within_budget(&self, call: &Call) -> Call {
-        let budget = budget(call.deadline);
-        let deadline = self.patience.timeout.map_or(budget, |timeout| timeout.min(budget));
+        let deadline = self.time_for(call.deadline);
         Call { uid: call.uid.clone(), trace: self.child(call.trace), deadline }
+    }
+
+    fn time_for(&self, deadline: Duration) -> Duration {
+        let budget = budget(deadline);
+        self.patience.timeout.map_or(budget, |timeout| timeout.min(budget))
+    }
+
+    /// kube-apiserver hands on its caller's deadline: three `--request-timeout=200ms` would else turn everybody away
+    /// from a service that is well.
+    fn had_no_time(&self, call: &Call, error: Option<&Error>) -> bool {
+        matches!(error, Some(Error::TimedOut(_)))
+            && call.deadline < self.time_for(Call::USUAL_DEADLINE)
     }
 
     /// What the key service is asked is a span of its own in the caller's trace, by chance unlike any other.
@@ -129,7 +140,10 @@ impl Guard {
                 self.backend()
             );
         }
-        self.breaker.learn(result.as_ref().err(), now, &self.tools.random);
+        let error = result.as_ref().err();
+        if !self.had_no_time(call, error) {
+            self.breaker.learn(error, now, &self.tools.random);
+        }
         result
     }
 

@@ -191,6 +191,18 @@ mod tests {
     }
 
     #[test]
+    fn a_request_that_is_wrong_says_nothing_about_the_crk() {
+        let about_crk = |status, operation| {
+            failed(&refused_with(status, "x"), &call(), operation).is_about_crk()
+        };
+        assert!(!about_crk(400, Operation::Unwrap) && !about_crk(400, Operation::Wrap));
+        assert!(!about_crk(422, Operation::Unwrap));
+        for status in [401, 404, 409, 410, 429, 503] {
+            assert!(about_crk(status, Operation::Unwrap), "{status}");
+        }
+    }
+
+    #[test]
     fn no_host_reaches_kube_apiserver() {
         let what = || "the key service at kms.internal:28674".to_owned();
         for error in [

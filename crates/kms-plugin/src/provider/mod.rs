@@ -116,7 +116,7 @@ impl Error {
     pub fn withdrawn(&self) -> Option<Withdrawn> {
         let Error::Refused { refusal, .. } = self else { return None };
         match refusal {
-            Refusal::Request => None,
+            Refusal::Request | Refusal::Replaced => None,
             Refusal::NoWrap => Some(Withdrawn::Sealing),
             Refusal::Access | Refusal::NoSuchKey | Refusal::KeyState => Some(Withdrawn::Both),
         }
@@ -125,6 +125,13 @@ impl Error {
     /// Nothing was said about the CRK: held DEKs live until they expire.
     pub fn is_outage(&self) -> bool {
         !matches!(self, Error::Refused { .. } | Error::NotAuthentic)
+    }
+
+    /// It says something of the CRK or its service, and not only of what was asked.
+    pub fn is_about_crk(&self) -> bool {
+        let only_the_request =
+            matches!(self, Error::NotAuthentic | Error::Refused { refusal: Refusal::Request, .. });
+        !only_the_request
     }
 
     /// The label of this failure in the metrics.

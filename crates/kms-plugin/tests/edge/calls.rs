@@ -23,7 +23,7 @@ use crate::double::{FakeKms, Mood, World, policy, seal_v2};
 use crate::serving::{Plugin, v1_encrypt, v2_decrypt, v2_encrypt};
 
 /// Nobody waits longer for what should come at once.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 
 #[tokio::test]
 async fn case_23_version_is_v1beta1_and_need_not_be_asked_first() {
@@ -181,10 +181,18 @@ async fn case_27_a_call_that_is_cancelled_or_out_of_time_frees_its_session() {
     let (mut v1, mut v2) = plugin.clients().await;
     world.kms.set(Mood::Hangs);
 
-    let mut late = Request::new(v1_encrypt(b"ping"));
-    late.metadata_mut().insert("grpc-timeout", "200m".parse().unwrap());
-    assert_eq!(v1.encrypt(late).await.unwrap_err().code(), Code::DeadlineExceeded);
-    assert_eq!(busy.load(Ordering::Relaxed), 0);
+    // This client's own clock runs too; where it is the first to strike, the plug-in has not been heard.
+    let mut heard = Code::Cancelled;
+    for _ in 0..50 {
+        let mut late = Request::new(v1_encrypt(b"ping"));
+        late.metadata_mut().insert("grpc-timeout", "200m".parse().unwrap());
+        heard = v1.encrypt(late).await.unwrap_err().code();
+        if heard != Code::Cancelled {
+            break;
+        }
+        becomes(&busy, 0).await;
+    }
+    assert_eq!((heard, busy.load(Ordering::Relaxed)), (Code::DeadlineExceeded, 0));
 
     let cancelled = tokio::spawn({
         let mut v2 = v2.clone();

@@ -160,7 +160,7 @@ async fn every_answer_of_the_hsm_says_what_becomes_of_the_deks() {
         (VaultError::Busy, (false, true, "overloaded")),
         (VaultError::Capacity("full".into()), (false, true, "unusable")),
         (VaultError::Policy("no".into()), (false, true, "unusable")),
-        (VaultError::Credential("CKR_PIN_INCORRECT".into()), (true, false, "refused")),
+        (VaultError::Credential("CKR_PIN_LOCKED".into()), (false, true, "unusable")),
     ] {
         world.fail(error.clone());
         for failed in [

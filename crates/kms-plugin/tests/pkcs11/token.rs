@@ -1,7 +1,7 @@
 //! A SoftHSM2 token of its own for every test, and the plug-in on it. SoftHSM2 reads which token it is from the
 //! environment, so the token is made by a tool and used by the plug-in, never by this process.
 
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::plugin::{Plugin, command, output};
+use crate::plugin::{Plugin, command, free_address, output};
 
 pub(crate) const LABEL: &str = "keelson plugin test";
 pub(crate) const PIN: &str = "canary-pin-7714";
@@ -21,7 +21,7 @@ const INSTANCE: &str = "3c1d9a70-5b0e-4b7d-8d55-9d7e6a4f1b03";
 pub(crate) struct TestToken {
     folder: Arc<TempDir>,
     library: PathBuf,
-    health_port: u16,
+    health: SocketAddr,
     pub(crate) settings: Settings,
 }
 
@@ -50,7 +50,7 @@ impl TestToken {
             return None;
         };
         let folder = Arc::new(tempfile::tempdir().unwrap());
-        let health_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let health = free_address();
         let settings = Settings {
             pin: PIN,
             pin_in_file: false,
@@ -61,7 +61,7 @@ impl TestToken {
             server: "",
             logger: "",
         };
-        let mut token = TestToken { folder, library, health_port, settings };
+        let mut token = TestToken { folder, library, health, settings };
         token.initialise();
         token.settings.crk_version = token.new_version();
         Some(token)
@@ -128,7 +128,7 @@ impl TestToken {
             false => pin,
         };
         let (socket, library) = (self.socket(), self.library.display());
-        let health_port = self.health_port;
+        let health = self.health;
         let previous = previous.map_or(String::new(), |crk| {
             format!(
                 "KP_CONFIG_PREVIOUS:\n- VERSION: 1\n  CRK_ID: {crk}\n  INSTANCE_ID: {INSTANCE}\n"
@@ -137,7 +137,7 @@ impl TestToken {
         // KMS v1 values name their entry by its number.
         let version = if previous.is_empty() { 1 } else { 2 };
         let text = format!(
-            "SERVER_CONFIG:\n  UNIX_SOCKET_PATH: {socket}\n  HEALTHZ_PORT: 127.0.0.1:{health_port}\n{server}\
+            "SERVER_CONFIG:\n  UNIX_SOCKET_PATH: {socket}\n  HEALTHZ_PORT: {health}\n{server}\
              KP_CONFIG:\n  VERSION: {version}\n  CRK_ID: {crk}\n  INSTANCE_ID: {INSTANCE}\n{previous}\
              PKCS11:\n  LIBRARY: {library}\n  TOKEN_LABEL: {LABEL}\n  {pin}\n  \
              DEADLINE_IN_MILLISECONDS: 10000\n  CRK_VERSION: {crk_version}\n{logger}"
@@ -147,8 +147,7 @@ impl TestToken {
 
     pub(crate) fn serving(&self) -> Plugin {
         self.write_config();
-        let plugin =
-            Plugin::spawn(self.command(), self.socket(), self.health_port, self.folder.clone());
+        let plugin = Plugin::spawn(self.command(), self.socket(), self.health, self.folder.clone());
         plugin.line("The Provider server is started.");
         plugin
     }

@@ -15,7 +15,7 @@ use crate::plugin::{Plugin, Setup, command};
 use crate::service::Service;
 
 /// A key that is dropped is gone at once; what is waited for is the probe that holds one for a moment.
-const SOON: Duration = Duration::from_secs(20);
+const SOON: Duration = Duration::from_secs(60);
 
 /// The whole memory of the real process is searched for the bytes of every DEK that the service has given out.
 #[tokio::test(flavor = "multi_thread")]

@@ -1,12 +1,13 @@
 //! A running `kmsplugin`: its files, its log line by line, its ports, and an end to it whatever the test does.
 
 use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -21,12 +22,12 @@ use tokio::net::TcpStream;
 use crate::service::Service;
 
 /// Long enough for a slow machine; a test that needs it has failed.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A configuration and a place for the socket.
 pub(crate) struct Setup {
     pub(crate) folder: Arc<TempDir>,
-    pub(crate) health_port: u16,
+    health: SocketAddr,
     settings: Vec<(String, String)>,
 }
 
@@ -34,7 +35,7 @@ pub(crate) struct Plugin {
     child: Child,
     log: Arc<Log>,
     socket: String,
-    health_port: u16,
+    health: SocketAddr,
     /// The socket is in it.
     _folder: Arc<TempDir>,
 }
@@ -49,8 +50,8 @@ impl Setup {
     /// For a service that does not exist.
     pub(crate) fn new() -> Setup {
         let folder = Arc::new(tempfile::tempdir().unwrap());
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let setup = Setup { folder, health_port: port, settings: Vec::new() };
+        let health = free_address();
+        let setup = Setup { folder, health, settings: Vec::new() };
         let key = rcgen::KeyPair::generate().unwrap();
         let ca = rcgen::CertificateParams::new(Vec::new()).unwrap().self_signed(&key).unwrap();
         let ca_file = setup.folder.path().join("ca.crt");
@@ -61,7 +62,7 @@ impl Setup {
             .with("TOKEN_URL", "https://127.0.0.1:9/oidc/token")
             .with("TOKEN_URL_CA_FILE", ca_file.to_str().unwrap())
             .with("API_KEY", "canary-api-key-93ab")
-            .with("HEALTHZ_PORT", &format!("127.0.0.1:{port}"))
+            .with("HEALTHZ_PORT", &health.to_string())
             .with("CRK_ID", "crk")
             .with("INSTANCE_ID", "instance")
             .with("URL", "https://127.0.0.1:9")
@@ -119,7 +120,7 @@ impl Setup {
     pub(crate) fn start_by(&self, mut command: Command) -> Plugin {
         self.write_config();
         command.env("config_file", self.config());
-        Plugin::spawn(command, self.socket(), self.health_port, self.folder.clone())
+        Plugin::spawn(command, self.socket(), self.health, self.folder.clone())
     }
 
     /// Starts it and waits until it serves.
@@ -143,6 +144,15 @@ fn literal(value: &str) -> String {
         true => value.to_owned(),
         false => format!("\"{value}\""),
     }
+}
+
+/// Nobody takes it between this look and the plug-in's start: each caller has a loopback address of its own, which no
+/// other connection of this machine goes out from.
+pub(crate) fn free_address() -> SocketAddr {
+    static CALLERS: AtomicU8 = AtomicU8::new(0);
+    let [_, _, pid, low] = std::process::id().to_be_bytes();
+    let own = Ipv4Addr::new(127, 64 | (pid & 63), low, CALLERS.fetch_add(1, Ordering::Relaxed));
+    TcpListener::bind((own, 0)).unwrap().local_addr().unwrap()
 }
 
 /// The binary with nothing of this process's environment in it.
@@ -179,18 +189,18 @@ impl Log {
 }
 
 impl Plugin {
-    /// Runs a command that will serve `socket` and `health_port`.
+    /// Runs a command that will serve `socket` and `health`.
     pub(crate) fn spawn(
         mut command: Command,
         socket: String,
-        health_port: u16,
+        health: SocketAddr,
         folder: Arc<TempDir>,
     ) -> Plugin {
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Log::default());
         let (stderr, into) = (child.stderr.take().unwrap(), log.clone());
         std::thread::spawn(move || into.fill(stderr));
-        Plugin { child, log, socket, health_port, _folder: folder }
+        Plugin { child, log, socket, health, _folder: folder }
     }
 
     /// Waits for a line that holds this text.
@@ -249,7 +259,7 @@ impl Plugin {
 
     /// (status, body) of the health port.
     pub(crate) async fn health(&self, path: &str) -> (u16, String) {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.health_port)).await.unwrap();
+        let mut stream = TcpStream::connect(self.health).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();

@@ -47,6 +47,27 @@ async fn a_revoked_api_key_ends_sealing_and_a_new_one_brings_it_back() {
     assert_eq!(plugin.decrypt_v2(&sealed).await.unwrap(), [1; 32]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn the_token_in_hand_outlives_a_change_of_something_else() {
+    let service = Service::start("canary-api-key-93ab").await;
+    let setup = Setup::for_service(&service).with("NEW_DEK", "true");
+    let plugin = setup.ready();
+    let logins = || service.correlation_ids("/oidc/token").len();
+    assert_eq!(logins(), 1);
+    let setup = setup.with("LOG_LEVEL", "debug");
+    reload(&plugin, &setup);
+    plugin.line("The configuration was read again and is in use.");
+    plugin.encrypt_v2(&[1; 32]).await.unwrap();
+    assert_eq!(logins(), 1);
+
+    service.accept_api_key("second-key");
+    let setup = setup.with("API_KEY", "second-key");
+    reload(&plugin, &setup);
+    while logins() < 2 {
+        plugin.encrypt_v2(&[1; 32]).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn the_log_level_changes_while_it_runs() {
     let setup = Setup::new();

@@ -47,6 +47,10 @@ pub(crate) struct FakeKms {
 struct State {
     mood: Mood,
     versions: Vec<String>,
+    /// How many versions were ever made: no name comes twice, whatever a restore makes it forget.
+    made: usize,
+    /// They unwrap and never wrap.
+    adopted: Vec<String>,
     /// A replica that has not heard of the last rotation answers.
     lags: bool,
     deks: HashMap<Vec<u8>, (Dek, String)>,
@@ -58,6 +62,8 @@ impl FakeKms {
             state: Mutex::new(State {
                 mood: Mood::Up,
                 versions: vec!["v1".into()],
+                made: 1,
+                adopted: Vec::new(),
                 lags: false,
                 deks: HashMap::new(),
             }),
@@ -73,9 +79,20 @@ impl FakeKms {
 
     pub(crate) fn rotate(&self) -> String {
         let mut state = self.state.lock().unwrap();
-        let version = format!("v{}", state.versions.len() + 1);
+        state.made += 1;
+        let version = format!("v{}", state.made);
         state.versions.push(version.clone());
         version
+    }
+
+    /// Its database is the backup of a time at which it had so many versions; it knows no other.
+    pub(crate) fn restore(&self, versions: usize) {
+        self.state.lock().unwrap().versions.truncate(versions);
+    }
+
+    /// `kms-server adopt`.
+    pub(crate) fn adopt(&self, version: &str) {
+        self.state.lock().unwrap().adopted.push(version.into());
     }
 
     pub(crate) fn set_lag(&self, lags: bool) {
@@ -130,6 +147,9 @@ impl KeyService for FakeKms {
         self.mood().await?;
         let state = self.state.lock().unwrap();
         let (mut dek, version) = state.deks.get(wdek).cloned().ok_or(Error::NotAuthentic)?;
+        if !state.versions.iter().chain(&state.adopted).any(|known| *known == version) {
+            return Err(Error::NotAuthentic);
+        }
         if state.mood == Mood::Lies {
             dek = Dek::from_bytes([0; 32]);
         }

@@ -7,14 +7,15 @@ use kms_plugin::keys::{Policy, Ring};
 use kms_plugin::probe::{self, probe};
 use kms_plugin::provider::guard::Patience;
 use kms_plugin::provider::{Backend, Error};
-use kms_plugin::sealer::{Refusal, Sealed, Sealer, SealerError};
+use kms_plugin::sealer::{Call, Refusal, Sealed, Sealer, SealerError};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::double::{
-    FakeKms, HOUR, MINUTE, Mood, World, call, open_v1, open_v2, policy, refused, reported, seal_v1,
-    seal_v2,
+    FakeKms, HOUR, MINUTE, Mood, World, call, open_v1, open_v2, payload, policy, refused, reported,
+    seal_v1, seal_v2,
 };
+use crate::log::Warnings;
 
 #[tokio::test]
 async fn max_retries_counts_attempts_beyond_the_first_and_only_for_lost_connections() {
@@ -94,6 +95,47 @@ async fn hanging_calls_do_not_pile_up() {
     seal_v1(&sealer, b"x").await.unwrap();
     seal_v1(&sealer, b"x").await.unwrap();
     assert_eq!(world.kms.asked().0, 5);
+}
+
+/// What `kubectl --request-timeout=200ms` brings.
+fn hurried() -> Call {
+    Call { deadline: Duration::from_millis(200), ..call() }
+}
+
+#[tokio::test]
+async fn callers_in_a_hurry_do_not_turn_the_others_away() {
+    tokio::time::pause();
+    let world = World::new(Policy { new_dek: true, ..policy() });
+    let sealer = world.start();
+    world.kms.set(Mood::Hangs);
+    for _ in 0..10 {
+        let error = sealer.encrypt_v1(payload(b"x"), hurried()).await.unwrap_err();
+        assert_eq!(error, SealerError::TimedOut(Backend::KeyService));
+    }
+    world.kms.set(Mood::Up);
+    seal_v1(&sealer, b"x").await.unwrap();
+}
+
+#[tokio::test]
+async fn who_waits_for_a_caller_in_a_hurry_has_its_own_time() {
+    tokio::time::pause();
+    let world = World::new(policy());
+    let sealed = seal_v2(&world.start(), b"x").await.unwrap();
+    let sealer = world.start();
+    let gate = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    *world.kms.gate.lock().unwrap() = Some(gate.clone());
+    let open = |call: Call| {
+        let (sealer, ciphertext) = (sealer.clone(), sealed.ciphertext.clone());
+        let key_id = sealed.key_id.as_str().to_owned();
+        tokio::spawn(async move { sealer.decrypt_v2(&ciphertext, &key_id, call).await })
+    };
+    let (first, others) = (open(hurried()), [(); 3].map(|()| open(call())));
+    let error = first.await.unwrap().unwrap_err();
+    assert_eq!(error, SealerError::TimedOut(Backend::KeyService));
+    gate.add_permits(10);
+    for other in others {
+        assert_eq!(other.await.unwrap().unwrap().as_slice(), b"x");
+    }
 }
 
 #[tokio::test]
@@ -212,6 +254,20 @@ async fn access_to_a_previous_crk_ends_with_the_next_probe() {
 }
 
 #[tokio::test]
+async fn access_to_a_previous_crk_that_ends_is_logged_once() {
+    let world = World::new(policy());
+    let (sealer, old, sealed) = with_a_previous_crk(&world).await;
+    let (warnings, _guard) = Warnings::watched();
+    old.set(refused(Refusal::KeyState, "disabled"));
+    assert!(probe(&sealer).await);
+    let told = warnings.taken();
+    assert!(told.len() == 1 && told[0].contains("instance/old"), "{told:?}");
+    assert!(probe(&sealer).await);
+    assert!(open_v2(&sealer, &sealed).await.is_err());
+    assert_eq!(warnings.taken(), [""; 0]);
+}
+
+#[tokio::test]
 async fn an_outage_of_a_previous_crk_leaves_its_deks() {
     let world = World::new(policy());
     let (sealer, old, sealed) = with_a_previous_crk(&world).await;
@@ -284,6 +340,64 @@ async fn a_crk_that_only_wraps_no_more_goes_on_opening_also_in_an_outage() {
     world.kms.set(refused(Refusal::KeyState, "disabled"));
     assert!(!probe(&sealer).await);
     assert_eq!(sealer.snapshot().dek_cache_entries, 0);
+}
+
+#[tokio::test]
+async fn the_deks_of_one_crk_are_refreshed_while_the_service_of_another_is_away() {
+    for current_is_away in [false, true] {
+        let world = World::new(policy());
+        let old = FakeKms::new();
+        let (current, previous) = (world.crk("new", 2, &world.kms), world.crk("old", 1, &old));
+        let mut values = Vec::new();
+        for crk in [&current, &previous] {
+            for _ in 0..8 {
+                let ring = Ring { current: crk.clone(), previous: Vec::new() };
+                values.push(seal_v2(&world.start_with(ring), b"x").await.unwrap());
+            }
+        }
+        let sealer = world.start_with(Ring { current, previous: vec![previous] });
+        assert!(probe(&sealer).await);
+        world.clock.advance(MINUTE);
+        for value in &values {
+            open_v2(&sealer, value).await.unwrap();
+            world.clock.advance(Duration::from_secs(1));
+            open_v2(&sealer, value).await.unwrap();
+        }
+        let (away, works, of_works) = match current_is_away {
+            true => (&world.kms, &old, &values[8..]),
+            false => (&old, &world.kms, &values[..8]),
+        };
+        away.set(Mood::Unreachable);
+        world.clock.advance(50 * MINUTE);
+        probe(&sealer).await;
+        works.set(Mood::Unreachable);
+        world.clock.advance(15 * MINUTE);
+        for value in of_works {
+            assert_eq!(open_v2(&sealer, value).await.unwrap(), b"x", "{current_is_away}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn decrypts_with_a_crk_that_only_unwraps_start_no_probes() {
+    tokio::time::pause();
+    let world = World::new(Policy { lifetime: Duration::ZERO, ..policy() });
+    let sealed = seal_v2(&*world.started().await, b"x").await.unwrap();
+    let (refusal, text) = (Refusal::NoWrap, "expired".into());
+    world.kms.set(Mood::FailsToWrap(Error::Refused { refusal, text }));
+    let sealer = world.start();
+    let shutdown = kms_daemon::lifecycle::Shutdown::new();
+    let probes = tokio::spawn(probe::run(sealer.clone(), HOUR, shutdown.clone()));
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let before = world.kms.asked().0;
+    for _ in 0..100 {
+        open_v2(&sealer, &sealed).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let probed = world.kms.asked().0 - before;
+    assert!(probed <= 3, "{probed} probes in five seconds");
+    shutdown.request();
+    probes.await.unwrap();
 }
 
 #[tokio::test]

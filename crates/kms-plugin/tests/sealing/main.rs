@@ -5,7 +5,9 @@
 mod double;
 mod failures;
 mod interleavings;
+mod log;
 mod policy;
 mod reload;
+mod restored;
 mod rotation;
 mod settings;

@@ -91,6 +91,66 @@ async fn a_new_api_key_or_url_keeps_the_deks_and_is_used_for_the_next_question()
     assert_eq!(reported(&sealer), "v1");
 }
 
+#[tokio::test]
+async fn a_refusal_of_the_old_api_key_withdraws_nothing_under_the_new_one() {
+    let world = World::new(policy());
+    let unknown = seal_v2(&world.start(), b"unknown").await.unwrap();
+    let sealer = world.started().await;
+    let sealed = seal_v2(&sealer, b"x").await.unwrap();
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    *world.kms.gate.lock().unwrap() = Some(gate.clone());
+    let asked = world.kms.asked().1;
+    let late = tokio::spawn({
+        let sealer = sealer.clone();
+        async move { open_v2(&sealer, &unknown).await }
+    });
+    while world.kms.asked().1 == asked {
+        tokio::task::yield_now().await;
+    }
+    // The new key is taken over while the question with the old one is under way; then the old one is revoked.
+    let ring = Ring { current: world.crk("crk", 1, &FakeKms::new()), previous: Vec::new() };
+    sealer.install(ring, policy()).unwrap();
+    world.kms.set(refused(Refusal::Access, "revoked"));
+    gate.add_permits(1);
+    assert_eq!(late.await.unwrap().unwrap_err().to_string(), "revoked");
+    assert_eq!(reported(&sealer), "v1");
+    assert_eq!(open_v2(&sealer, &sealed).await.unwrap(), b"x");
+    assert_eq!(sealer.ready(), Ok(()));
+}
+
+/// The entry that still seals is asked as the new configuration says, too.
+#[tokio::test]
+async fn a_crk_that_only_still_seals_is_asked_with_its_new_api_key() {
+    let world = World::new(Policy { new_dek: true, ..policy() });
+    let sealer = world.started().await;
+    let (other, moved) = (FakeKms::new(), FakeKms::new());
+    other.set(Mood::Unreachable);
+    world.kms.set(refused(Refusal::Access, "revoked"));
+    let previous = vec![world.crk("crk", 1, &moved)];
+    let ring = Ring { current: world.crk("other", 2, &other), previous };
+    sealer.install(ring, Policy { new_dek: true, ..policy() }).unwrap();
+    assert!(!probe(&sealer).await);
+    assert_eq!(reported_crk(&sealer), "crk");
+    assert_eq!(seal_v2(&sealer, b"x").await.unwrap().key_id.crk(), "crk");
+}
+
+#[tokio::test]
+async fn probes_keep_a_distance_however_often_one_is_wanted() {
+    tokio::time::pause();
+    let world = World::new(policy());
+    let sealer = world.start();
+    let shutdown = kms_daemon::lifecycle::Shutdown::new();
+    let probes = tokio::spawn(kms_plugin::probe::run(sealer.clone(), HOUR, shutdown.clone()));
+    for _ in 0..100 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        sealer.install(world.ring(), policy()).unwrap();
+    }
+    let probed = world.kms.asked().0;
+    assert!((5..=12).contains(&probed), "{probed} probes in five seconds");
+    shutdown.request();
+    probes.await.unwrap();
+}
+
 fn reported_crk(sealer: &Sealer) -> String {
     sealer.status().unwrap().key_id.crk().to_owned()
 }

@@ -78,9 +78,6 @@ impl Pkcs11Crk {
         match error {
             VaultError::NotFound => self.missing(version),
             VaultError::NotAuthentic => Error::NotAuthentic,
-            VaultError::Credential(_) => {
-                Error::Refused { refusal: Refusal::Access, text: error.to_string() }
-            }
             VaultError::Unavailable { .. } => {
                 Error::Unreachable { text: format!("Unavailable: {error}") }
             }
@@ -88,6 +85,9 @@ impl Pkcs11Crk {
             VaultError::Busy => {
                 Error::Overloaded { backend: Backend::Hsm, text: error.to_string() }
             }
+            // A refused PIN withdraws nothing: sessions that are logged in go on after a change, so it ends nobody's access, and
+            // whoever reaches the HSM can lock it with wrong ones.
+            VaultError::Credential(_) => Error::Unusable { text: error.to_string() },
             VaultError::BadInput(_)
             | VaultError::Exists
             | VaultError::Capacity(_)
