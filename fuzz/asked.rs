@@ -1,29 +1,27 @@
 //! A whole key service, asked over a pipe instead of a socket: what a target sends goes through the HTTP parser, the
 //! routes, the token check, the body, the operation and the answer. Database and audit log are files, keys in memory.
 
+// Each target uses a part of it.
+#![allow(dead_code)]
+
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use kms_core::clock::{Clock, ManualClock};
-use kms_core::wdek::WdekVersion;
 use kms_hsm::memory::MemoryVault;
-use kms_server::app::{App, Settings};
+use kms_server::app::{App, Foundation, Settings};
 use kms_server::audit::Audit;
-use kms_server::failures::Failures;
-use kms_server::gate::Gates;
-use kms_server::health::Health;
+use kms_server::guard::Guarded;
 use kms_server::http;
 use kms_server::init::{Made, fill};
-use kms_server::issuers::Issuers;
-use kms_server::limits::{self, Limits};
-use kms_server::metrics::Metrics;
+use kms_server::issuers::{KeySource, Trusted};
+use kms_server::limits;
 use kms_server::store::{SqliteStore, Store};
-use kms_server::token::Issuer;
-use kms_server::uses::Uses;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -32,14 +30,18 @@ use tokio::runtime::{Builder, Runtime};
 const PEER: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1));
 /// More than the service reads of one request.
 const PIPE: usize = 256 * 1024;
-/// So many requests later, what they left behind is thrown away with the service.
-const LIFE: u32 = 20_000;
+/// So many inputs of one request later, what they left behind is thrown away with the service.
+pub const LIFE: u32 = 20_000;
+/// One that is trusted, and whose keys are none.
+pub const OTHER_ISSUER: &str = "https://nobody.test";
 const NEW_KEY: &str = r#"{"metadata":{"collectionType":"application/vnd.ibm.kms.key+json","collectionTotal":1},
     "resources":[{"type":"application/vnd.ibm.kms.key+json","name":"key","extractable":false}]}"#;
 
 pub struct Asked {
-    runtime: Runtime,
-    app: Arc<App>,
+    pub runtime: Runtime,
+    pub app: Arc<App>,
+    pub clock: Arc<ManualClock>,
+    pub made: Made,
     /// Token and instance of the administrator, without a line's end behind them.
     headers: String,
     /// A key that exists, unless a request has deleted it.
@@ -52,11 +54,11 @@ thread_local! {
     static ASKED: Cell<Option<(Asked, u32)>> = const { Cell::new(None) };
 }
 
-/// Runs `ask` with the service of now.
-pub fn with(ask: impl FnOnce(&Asked)) {
+/// Runs `ask` with the service of now; after `life` inputs there is another one.
+pub fn with(life: u32, ask: impl FnOnce(&Asked)) {
     ASKED.with(|place| {
         let current = place.take().filter(|(_, left)| *left > 0);
-        let (asked, left) = current.unwrap_or_else(|| (Asked::start(), LIFE));
+        let (asked, left) = current.unwrap_or_else(|| (Asked::start(), life));
         ask(&asked);
         place.set(Some((asked, left - 1)));
     });
@@ -66,22 +68,23 @@ impl Asked {
     fn start() -> Asked {
         let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
         let folder = tempfile::tempdir().expect("a folder");
-        let (app, made) = runtime.block_on(service(folder.path()));
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        let clock = Arc::new(ManualClock::at(start));
+        let (app, made) = runtime.block_on(service(folder.path(), clock.clone()));
         let mut asked = Asked {
             runtime,
             app: Arc::new(app),
+            clock,
+            made,
             headers: String::new(),
             key: String::new(),
             _folder: folder,
         };
-        let form = format!(
-            "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={}",
-            made.admin.api_key.expose()
+        asked.headers = format!(
+            "authorization: Bearer {}\r\nicp-instance: {}",
+            asked.administrator(),
+            asked.made.instance
         );
-        let head = format!("POST /oidc/token HTTP/1.1\r\ncontent-length: {}\r\n\r\n", form.len());
-        let token = json(&asked.tokens(format!("{head}{form}").as_bytes()))["access_token"].clone();
-        let token = token.as_str().expect("a token").to_owned();
-        asked.headers = format!("authorization: Bearer {token}\r\nicp-instance: {}", made.instance);
         let (headers, len) = (&asked.headers, NEW_KEY.len());
         let head =
             format!("POST /api/v2/keys HTTP/1.1\r\n{headers}\r\ncontent-length: {len}\r\n\r\n");
@@ -91,6 +94,19 @@ impl Asked {
             .unwrap_or_else(|| panic!("no key but {made}"))
             .to_owned();
         asked
+    }
+
+    /// A new token of the administrator.
+    pub fn administrator(&self) -> String {
+        self.log_in(self.made.admin.api_key.expose()).expect("a token")
+    }
+
+    /// The token that this API key gets, if it does.
+    pub fn log_in(&self, api_key: &str) -> Option<String> {
+        let form = format!("grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={api_key}");
+        let head = format!("POST /oidc/token HTTP/1.1\r\ncontent-length: {}\r\n\r\n", form.len());
+        let answer = json(&self.tokens(format!("{head}{form}").as_bytes()));
+        Some(answer["access_token"].as_str()?.to_owned())
     }
 
     pub fn headers(&self) -> &str {
@@ -141,39 +157,36 @@ impl Asked {
     }
 }
 
-async fn service(folder: &std::path::Path) -> (App, Made) {
-    let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-    let clock: Arc<dyn Clock> = Arc::new(ManualClock::at(start));
+async fn service(folder: &Path, clock: Arc<ManualClock>) -> (App, Made) {
     let vault = Arc::new(MemoryVault::new());
     let store = SqliteStore::open(&folder.join("kms.db"), true).await.expect("a database");
     let audit =
         Audit::open(&folder.join("audit.log"), "fuzz", None, clock.clone()).expect("an audit log");
-    let made = fill(&store, &*vault, &audit, start.into()).await.expect("a first content");
+    let tell = |_: &_| Ok(());
+    let made = fill(&store, &*vault, &audit, clock.wall().into(), tell).await;
+    let made = made.expect("a first content");
     let signing_key = store.signing_key().await.expect("a database").expect("a signing key");
-    let lifetime = Duration::from_secs(3600);
-    let limits = limits::Settings { rate_per_instance: 0, ..limits::Settings::default() };
-    let app = App {
-        vault,
-        store: Arc::new(store),
-        audit,
-        issuer: Issuer::new("https://tokens.test/".into(), lifetime, signing_key, clock.clone()),
-        issuers: Issuers::new(Vec::new(), clock.clone()).expect("no issuers"),
-        settings: Settings {
-            wdek_version: WdekVersion::V2_1_0,
-            min_rotation_interval: Duration::ZERO,
-        },
-        failures: Failures::default(),
-        uses: Uses::default(),
-        gates: Gates::new(),
-        limits: Limits::new(limits, clock.clone()),
-        metrics: Metrics::new(),
-        health: Health::unknown(),
-        clock,
+    let store: Arc<dyn Store> = Arc::new(store);
+    let vault = Arc::new(Guarded::new(vault, store.clone()));
+    vault.compare().await.expect("an empty vault for an empty database");
+    let keys = folder.join("issuer.json");
+    std::fs::write(&keys, r#"{"keys":[]}"#).expect("a file");
+    let issuer =
+        Trusted { url: OTHER_ISSUER.into(), audience: "kms".into(), keys: KeySource::File(keys) };
+    // A rate comes back with time, and this clock stands still.
+    let limits = limits::Settings {
+        rate_per_instance: 0,
+        rate_per_caller: 0,
+        management_rate_per_caller: 0,
+        ..limits::Settings::default()
     };
-    (app, made)
+    let settings =
+        Settings { limits, issuers: vec![issuer], ..Settings::new("https://tokens.test/".into()) };
+    let on = Foundation { clock, store, vault, audit, signing_key };
+    (App::new(on, settings).expect("an issuer without a URL to ask"), made)
 }
 
-fn json(answer: &[u8]) -> serde_json::Value {
+pub fn json(answer: &[u8]) -> serde_json::Value {
     let body = answer.windows(4).position(|end| end == b"\r\n\r\n").expect("a body") + 4;
     serde_json::from_slice(&answer[body..]).expect("JSON")
 }

@@ -171,6 +171,7 @@ fn write_config(dir: &Path, pki: &Pki, hsm: &SoftHsm, ports: Ports) -> Result<Pa
   ISSUER_URL: "https://127.0.0.1:{tokens}"
   DATABASE_URL: "sqlite://{database}"
   AUDIT_FILE: "{audit}"
+  AUDIT_DEADLINE_IN_MILLISECONDS: 5000
 HSM:
   PKCS11_LIBRARY: "{library}"
   TOKEN_LABEL: "keelson"

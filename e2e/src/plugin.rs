@@ -229,7 +229,7 @@ impl Plugin {
     /// When it is refused or time is up.
     pub fn wait_for_reload(&self, before: &str) -> Result<()> {
         let watched = [self.server.running()?];
-        wait::until("another configuration", Duration::from_secs(20), &watched, || {
+        wait::until("another configuration", Duration::from_secs(60), &watched, || {
             match self.reloads().map_err(|error| error.to_string())? {
                 now if now != before => Ok(now),
                 now => Err(now),

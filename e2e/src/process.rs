@@ -210,21 +210,17 @@ impl Process {
         peak_memory(self.pid())
     }
 
-    /// CPU time of all its threads so far, by the scheduler's own count.
+    /// CPU time so far: by the scheduler's own count of the living threads, or by the coarse one of the whole process,
+    /// which forgets none that has ended and which every kernel keeps.
     ///
     /// # Errors
-    /// When the process is gone, or the kernel does not count.
+    /// When the process is gone.
     pub fn cpu_time(&self) -> Result<Duration> {
-        let tasks = format!("/proc/{}/task", self.pid());
-        let unreadable = || Error::machine(format!("read {tasks}"));
-        let mut sum = Duration::ZERO;
-        for task in fs::read_dir(&tasks).map_err(unreadable())? {
-            let path = task.map_err(unreadable())?.path().join("schedstat");
-            let text = fs::read_to_string(&path).map_err(unreadable())?;
-            let nanos = text.split_whitespace().next().and_then(|count| count.parse().ok());
-            sum += Duration::from_nanos(nanos.ok_or_else(|| Error::answer(&tasks, text))?);
-        }
-        Ok(sum)
+        let process = format!("/proc/{}", self.pid());
+        let path = format!("{process}/stat");
+        let stat = fs::read_to_string(&path).map_err(Error::machine(format!("read {path}")))?;
+        let ticks = ticks(&stat).ok_or_else(|| Error::answer(&path, stat))?;
+        Ok(ticks.max(scheduled(&process).unwrap_or_default()))
     }
 
     fn end(self, signal: Signal, within: Duration) -> Result<ExitStatus> {
@@ -246,6 +242,23 @@ impl Drop for Process {
         drop(lock(&self.child).wait());
         lock(alive()).remove(&self.pid);
     }
+}
+
+/// `None` where the kernel does not count, or a thread has just ended.
+fn scheduled(process: &str) -> Option<Duration> {
+    let mut sum = Duration::ZERO;
+    for task in fs::read_dir(format!("{process}/task")).ok()? {
+        let text = fs::read_to_string(task.ok()?.path().join("schedstat")).ok()?;
+        sum += Duration::from_nanos(text.split_whitespace().next()?.parse().ok()?);
+    }
+    Some(sum)
+}
+
+/// User and system time, in hundredths of a second. The second field is the program's name, which may hold anything.
+fn ticks(stat: &str) -> Option<Duration> {
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let (user, system): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
+    Some(Duration::from_millis(10 * (user + system)))
 }
 
 /// Runs `command` to its end and returns what it printed.

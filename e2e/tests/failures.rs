@@ -154,10 +154,17 @@ fn accepted(kubectl: &Kubectl, name: &str) -> Result<()> {
     .map(drop)
 }
 
-fn at_once<T>(what: &str, call: impl FnOnce() -> Result<T>) -> Result<T> {
-    let clock = SystemClock::new();
-    let answer = call()?;
-    let took = clock.now();
-    assert!(took < AT_ONCE, "{what} took {took:?}");
-    Ok(answer)
+/// In one attempt at least: other work on the machine only ever makes it later.
+fn at_once<T>(what: &str, call: impl Fn() -> Result<T>) -> Result<T> {
+    let mut seen = Vec::new();
+    loop {
+        let clock = SystemClock::new();
+        let answer = call()?;
+        let took = clock.now();
+        if took < AT_ONCE {
+            return Ok(answer);
+        }
+        seen.push(took);
+        assert!(seen.len() < 5, "{what} took {seen:?}");
+    }
 }

@@ -19,7 +19,7 @@ fuzz_target!(|data: &[u8]| {
             None => ("POST", "/oidc/token".to_owned()),
         },
     };
-    asked::with(|asked| {
+    asked::with(asked::LIFE, |asked| {
         let (path, headers) = (path.replace("{id}", &asked.key), asked.headers());
         let len = body.len();
         let head = format!("{method} {path} HTTP/1.1\r\n{headers}\r\ncontent-length: {len}\r\n\r\n");

@@ -9,7 +9,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     let Some((&choice, head)) = data.split_first() else { return };
-    asked::with(|asked| {
+    asked::with(asked::LIFE, |asked| {
         // A path that names a key may name one that exists.
         let mut request = with_key(head, &asked.key);
         if choice & 1 != 0 {

@@ -13,7 +13,10 @@ fuzz_target!(|text: &str| {
     match Config::parse(text) {
         Ok(config) => {
             assert!((1..=64).contains(&config.hsm.sessions));
-            assert!(config.server.token_lifetime <= Duration::from_secs(86_400));
+            let operations = config.operations;
+            assert!(operations.token_lifetime <= Duration::from_secs(86_400));
+            let limits = operations.limits;
+            assert!((1..=limits.connections).contains(&limits.connections_per_address));
         }
         Err(mistakes) => assert!(!mistakes.0.is_empty()),
     }

@@ -1,12 +1,14 @@
-//! `kms-server adopt`: gives a version that the HSM holds, and a restored database does not know, back to its key.
+//! `kms-server adopt`: gives a version that the HSM holds, and a restored database does not know or knows as one that is
+//! being made, back to its key.
 //!
 //! Only against proof: a wrapped DEK that opens with this version, because its code covers the ids of instance, key and
 //! version. An adopted version unwraps and never wraps: the restored key has wrapped with an older one since, and a
-//! version that was left behind must not come back into use.
+//! version that was left behind must not come back into use. Only a key that was being made itself when it was backed up
+//! has nothing else to wrap with.
 
 use crate::audit::{Audit, AuditError, Outcome, Record};
 use crate::ops::unwrap::open_with;
-use crate::store::{Adopted, Store, StoreError};
+use crate::store::{Adopted, KnownVersion, Store, StoreError};
 use kms_core::wdek::{Wdek, mac_context};
 use kms_hsm::{Vault, VaultError};
 use time::OffsetDateTime;
@@ -38,7 +40,7 @@ pub enum AdoptError {
     NoWdek,
     #[error(
         "this wrapped DEK does not open with that version for that key. The audit log says which version belongs to which \
-         key: kmsctl audit query FILE --action rotate_key"
+         key: kmsctl audit query FILE --action rotate_key, and create_key for the first one"
     )]
     Unproven,
     #[error("HSM: {0}")]
@@ -49,7 +51,7 @@ pub enum AdoptError {
     Audit(#[from] AuditError),
 }
 
-/// Proves it, records it, and adds the version behind those that the key has.
+/// Proves it, records it, and puts the version behind those that the key has.
 ///
 /// # Errors
 /// [`AdoptError`].
@@ -62,10 +64,12 @@ pub async fn adopt(
 ) -> Result<(), AdoptError> {
     let Adopt { key, version, ciphertext, aad } = asked;
     let known = store.known_versions().await?;
-    if known.iter().any(|one| one.version == version) {
+    // One that is being made in a copy of the database was made, and has wrapped since, if it opens what is shown here.
+    let is_new = |one: &KnownVersion| one.version != version || (one.pending && one.key == key);
+    if !known.iter().all(is_new) {
         return Err(AdoptError::Known(version));
     }
-    let of_key = known.iter().find(|one| one.key == key && !one.pending);
+    let of_key = known.iter().find(|one| one.key == key);
     let instance = of_key.ok_or(AdoptError::NoKey(key))?.instance;
     let wdek = Wdek::decode(&ciphertext).map_err(|_| AdoptError::NoWdek)?;
     if wdek.handle.is_some_and(|handle| handle != version) {
@@ -96,6 +100,9 @@ fn record(instance: Uuid, key: Uuid, version: Uuid, outcome: Outcome) -> Record 
         instance: Some(instance),
         target: Some(key),
         version: Some(version),
+        rewrapped: None,
+        service_id: None,
+        grant: None,
         correlation: None,
         peer: None,
         count: None,

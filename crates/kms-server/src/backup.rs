@@ -6,9 +6,9 @@ use crate::report::hex;
 use crate::store::{Custody, SqliteStore, Store, StoreError, sides};
 use aws_lc_rs::digest::{Context, SHA256};
 use serde_json::{Value, json};
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -18,6 +18,8 @@ use time::format_description::well_known::Rfc3339;
 pub enum BackupError {
     #[error("{} is there already: name another file", .0.display())]
     Exists(PathBuf),
+    #[error("another backup or restore is writing {} at this moment", .0.display())]
+    Busy(PathBuf),
     #[error("{}: {cause}", path.display())]
     File { path: PathBuf, cause: io::Error },
     #[error("{} is not the file that its manifest {} describes: it was changed or cut short", backup.display(), manifest.display())]
@@ -29,9 +31,7 @@ pub enum BackupError {
 /// The manifest of `backup`.
 #[must_use]
 pub fn manifest_of(backup: &Path) -> PathBuf {
-    let mut name = backup.as_os_str().to_owned();
-    name.push(".manifest.json");
-    name.into()
+    with(backup, ".manifest.json")
 }
 
 /// Copies `database` to `to`. Either both files are there afterwards, whole and on disk, or no `to`.
@@ -45,11 +45,9 @@ pub async fn backup(database: &Path, to: &Path, now: OffsetDateTime) -> Result<(
             return Err(BackupError::Exists(path.to_owned()));
         }
     }
-    let half = half(to);
-    // One that was interrupted before; nobody else uses this name.
-    clear(&half)?;
-    let made = make(database, &half, &manifest, to, now).await;
-    clear(&half)?;
+    let half = Half::of(to)?;
+    let made = make(database, half.path(), &manifest, to, now).await;
+    half.clear()?;
     made
 }
 
@@ -69,16 +67,58 @@ pub fn verify(backup: &Path) -> Result<String, BackupError> {
     Err(BackupError::Changed { backup: backup.to_owned(), manifest })
 }
 
-/// Removes what was left of a half-written file, its sides first: a file without them is whole, or no database yet.
-pub(crate) fn clear(half: &Path) -> Result<(), BackupError> {
+/// Where a file is made before it gets its name. One process at a time: what lies there is nobody's, and is removed.
+#[derive(Debug)]
+pub(crate) struct Half {
+    path: PathBuf,
+    lock: (PathBuf, File),
+}
+
+impl Half {
+    /// Takes the place for `file`, and clears away what was left there.
+    ///
+    /// # Errors
+    /// `Busy` while another process has it.
+    pub(crate) fn of(file: &Path) -> Result<Half, BackupError> {
+        let path = with(file, ".half");
+        // Beside it: to close a descriptor of the half itself would end SQLite's locks on it.
+        let lock = with(&path, ".lock");
+        let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&lock);
+        let opened = file.map_err(failed(&lock))?;
+        // Whoever had it may have removed the name meanwhile: then the lock keeps nobody out.
+        let is_named = || -> io::Result<bool> {
+            Ok(opened.metadata()?.ino() == std::fs::metadata(&lock)?.ino())
+        };
+        match opened.try_lock() {
+            Err(TryLockError::Error(cause)) => return Err(BackupError::File { path: lock, cause }),
+            Ok(()) if is_named().unwrap_or(false) => {}
+            _ => return Err(BackupError::Busy(path)),
+        }
+        clear(&path)?;
+        Ok(Half { path, lock: (lock, opened) })
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives the place back, empty.
+    pub(crate) fn clear(self) -> Result<(), BackupError> {
+        clear(&self.path)?;
+        let (name, _held) = &self.lock;
+        remove(name)
+    }
+}
+
+/// Its sides first: a file without them is whole, or no database yet.
+fn clear(half: &Path) -> Result<(), BackupError> {
     sides(half).iter().try_for_each(|side| remove(side))?;
     remove(half)
 }
 
-/// Where a file is made before it gets its name.
-pub(crate) fn half(of: &Path) -> PathBuf {
-    let mut name = of.as_os_str().to_owned();
-    name.push(".half");
+fn with(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
     name.into()
 }
 
@@ -141,6 +181,7 @@ async fn describe(
             "key": one.key.to_string(),
             "version": one.version.to_string(),
             "pending": one.pending,
+            "purging": one.purging,
             "check_value": one.check_value.map(hex),
         })
     });

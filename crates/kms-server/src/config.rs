@@ -20,10 +20,9 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct Config {
     pub server: Server,
+    /// What else stands in SERVER_CONFIG, and ISSUERS.
     pub operations: app::Settings,
     pub hsm: Hsm,
-    /// ISSUERS: whose tokens are traded for ours.
-    pub issuers: Vec<Trusted>,
     pub log: telemetry::Settings,
 }
 
@@ -34,10 +33,6 @@ pub struct Server {
     pub tokens_address: SocketAddr,
     pub health_address: SocketAddr,
     pub tls: tls::Files,
-    pub limits: limits::Settings,
-    /// What stands in `iss` of every token.
-    pub issuer_url: String,
-    pub token_lifetime: Duration,
     /// The SQLite file.
     pub database: PathBuf,
     pub audit_file: PathBuf,
@@ -118,35 +113,31 @@ impl Config {
 fn parse(text: &str) -> Result<Config, Mistakes> {
     // Nothing comes from the environment: a PIN in it would be seen by every child and in /proc.
     let mut settings = Settings::parse(text, Environment::new())?;
-    let (server, operations) =
-        settings.section("SERVER_CONFIG", |section| (server(section), operations(section)));
+    let (server, mut operations) = settings.section("SERVER_CONFIG", |section| {
+        let server = server(section);
+        let operations = operations(section, server.tokens_address);
+        (server, operations)
+    });
     let mut hsm = settings.section("HSM", hsm);
     hsm.refused_pin_file = with_suffix(&server.database, ".refused-pin");
-    let issuers = settings.sections("ISSUERS", issuer);
-    check_issuers(&mut settings, &issuers, &server.issuer_url);
+    operations.issuers = settings.sections("ISSUERS", issuer);
+    check_issuers(&mut settings, &operations);
     let log = settings.section("LOGGER", log);
     settings.finish()?;
-    Ok(Config { server, operations, hsm, issuers, log })
+    Ok(Config { server, operations, hsm, log })
 }
 
 fn server(section: &mut Section<'_>) -> Server {
     check_module(section);
-    let tokens_address = address(section, "TOKENS_ADDRESS", 10443);
-    let issuer = section.text("ISSUER_URL");
-    // A day at most: a stolen token must not outlive the shift in which it is noticed.
-    let lifetime = section.number("TOKEN_LIFETIME_IN_SECONDS", 60..=86_400, 3600);
     Server {
         keys_address: address(section, "KEYS_ADDRESS", 28674),
-        tokens_address,
+        tokens_address: address(section, "TOKENS_ADDRESS", 10443),
         health_address: address(section, "HEALTH_ADDRESS", 28675),
         tls: tls::Files {
             certificate: section.required("TLS_CERT_FILE").into(),
             key: section.required("TLS_KEY_FILE").into(),
             client_ca: section.text("CLIENT_CA_FILE").map(PathBuf::from),
         },
-        limits: limits(section),
-        issuer_url: issuer.unwrap_or_else(|| format!("https://{tokens_address}/identity")),
-        token_lifetime: Duration::from_secs(lifetime),
         database: database(section),
         audit_file: section.required("AUDIT_FILE").into(),
         node_id: node_id(section),
@@ -155,27 +146,30 @@ fn server(section: &mut Section<'_>) -> Server {
 
 fn limits(section: &mut Section<'_>) -> limits::Settings {
     let default = limits::Settings::default();
-    let of_address = section.has("MAX_CONNECTIONS_PER_ADDRESS");
     let mut count = |name, default: usize| {
         let default = u64::try_from(default).unwrap_or(u64::MAX);
         usize::try_from(section.number(name, 1..=65_536, default)).unwrap_or(usize::MAX)
     };
+    let connections = count("MAX_CONNECTIONS", default.connections);
+    let share = limits::Settings::share_of_address(connections);
     let mut found = limits::Settings {
-        connections: count("MAX_CONNECTIONS", default.connections),
-        connections_per_address: count(
-            "MAX_CONNECTIONS_PER_ADDRESS",
-            default.connections_per_address,
-        ),
+        connections,
+        connections_per_address: count("MAX_CONNECTIONS_PER_ADDRESS", share),
         requests: count("MAX_REQUESTS", default.requests),
         logins: count("MAX_LOGINS", default.logins),
         ..default
     };
-    let rate = u64::from(default.rate_per_instance);
-    let rate = section.number("MAX_RATE_PER_INSTANCE", 0..=1_000_000, rate);
-    found.rate_per_instance = u32::try_from(rate).unwrap_or(u32::MAX);
+    let mut rate = |name, default| {
+        let rate = section.number(name, 0..=1_000_000, u64::from(default));
+        u32::try_from(rate).unwrap_or(u32::MAX)
+    };
+    found.rate_per_instance = rate("MAX_RATE_PER_INSTANCE", default.rate_per_instance);
+    found.rate_per_caller = rate("MAX_RATE_PER_CALLER", default.rate_per_caller);
+    found.management_rate_per_caller =
+        rate("MAX_MANAGEMENT_RATE_PER_CALLER", default.management_rate_per_caller);
     let idle = section.number("IDLE_TIMEOUT_IN_SECONDS", 5..=3600, default.idle.as_secs());
     found.idle = Duration::from_secs(idle);
-    if found.connections_per_address > found.connections && of_address {
+    if found.connections_per_address > found.connections {
         let more = "is more than MAX_CONNECTIONS, which all addresses share";
         section.mistake("MAX_CONNECTIONS_PER_ADDRESS", more);
     }
@@ -220,15 +214,35 @@ fn database(section: &mut Section<'_>) -> PathBuf {
     path.into()
 }
 
-fn operations(section: &mut Section<'_>) -> app::Settings {
-    let wdek_version = section.parsed("WDEK_VERSION", WdekVersion::V2_1_0, |text| match text {
-        "2.0.0" => Ok(WdekVersion::V2_0_0),
-        "2.1.0" => Ok(WdekVersion::V2_1_0),
-        "4.0.0" => Ok(WdekVersion::V4_0_0),
-        _ => Err("must be \"2.0.0\", \"2.1.0\" or \"4.0.0\"".into()),
-    });
-    let interval = section.number("MIN_ROTATION_INTERVAL_IN_SECONDS", 0..=366 * 86_400, 0);
-    app::Settings { wdek_version, min_rotation_interval: Duration::from_secs(interval) }
+/// Without the issuers, which have a section of their own.
+fn operations(section: &mut Section<'_>, tokens_address: SocketAddr) -> app::Settings {
+    let url = section.text("ISSUER_URL");
+    let url = url.unwrap_or_else(|| format!("https://{tokens_address}/identity"));
+    let default = app::Settings::new(url);
+    let mut seconds = |name, allowed, default: Duration| {
+        Duration::from_secs(section.number(name, allowed, default.as_secs()))
+    };
+    // A day at most: a stolen token must not outlive the shift in which it is noticed.
+    let lifetime = seconds("TOKEN_LIFETIME_IN_SECONDS", 60..=86_400, default.token_lifetime);
+    let interval = "MIN_ROTATION_INTERVAL_IN_SECONDS";
+    let interval = seconds(interval, 0..=366 * 86_400, default.min_rotation_interval);
+    let wait = seconds("MIN_PURGE_WAIT_IN_SECONDS", 0..=366 * 86_400, default.min_purge_wait);
+    let deadline = u64::try_from(default.audit_deadline.as_millis()).unwrap_or(u64::MAX);
+    let deadline = section.number("AUDIT_DEADLINE_IN_MILLISECONDS", 100..=60_000, deadline);
+    app::Settings {
+        token_lifetime: lifetime,
+        min_rotation_interval: interval,
+        min_purge_wait: wait,
+        audit_deadline: Duration::from_millis(deadline),
+        limits: limits(section),
+        wdek_version: section.parsed("WDEK_VERSION", default.wdek_version, |text| match text {
+            "2.0.0" => Ok(WdekVersion::V2_0_0),
+            "2.1.0" => Ok(WdekVersion::V2_1_0),
+            "4.0.0" => Ok(WdekVersion::V4_0_0),
+            _ => Err("must be \"2.0.0\", \"2.1.0\" or \"4.0.0\"".into()),
+        }),
+        ..default
+    }
 }
 
 fn hsm(section: &mut Section<'_>) -> Hsm {
@@ -304,10 +318,11 @@ fn issuer(section: &mut Section<'_>) -> Trusted {
 }
 
 /// Two entries for one issuer, or one for this server itself, would make it unclear whose keys count.
-fn check_issuers(settings: &mut Settings, issuers: &[Trusted], own: &str) {
+fn check_issuers(settings: &mut Settings, found: &app::Settings) {
+    let app::Settings { issuers, issuer_url, .. } = found;
     for (index, one) in issuers.iter().enumerate() {
         let again = issuers.iter().take(index).any(|before| before.url == one.url);
-        if !one.url.is_empty() && (again || one.url == own) {
+        if !one.url.is_empty() && (again || one.url == *issuer_url) {
             let text =
                 format!("ISSUERS[{index}].ISSUER_URL is there twice, or is this server's own");
             settings.mistake(text);
@@ -358,15 +373,17 @@ HSM:
     fn what_is_not_said_has_a_default() {
         let config = parse(GOOD).unwrap();
         assert_eq!(config.server.keys_address.to_string(), "127.0.0.1:28674");
-        assert_eq!(config.server.issuer_url, "https://127.0.0.1:10443/identity");
-        assert_eq!(config.server.token_lifetime, Duration::from_secs(3600));
+        assert_eq!(config.operations.issuer_url, "https://127.0.0.1:10443/identity");
+        assert_eq!(config.operations.token_lifetime, Duration::from_secs(3600));
         assert_eq!(config.server.database, Path::new("/var/lib/kms/kms.db"));
         assert_eq!(config.operations.wdek_version, WdekVersion::V2_1_0);
         assert_eq!(config.operations.min_rotation_interval, Duration::ZERO);
+        assert_eq!(config.operations.min_purge_wait, Duration::from_secs(4 * 3600));
+        assert_eq!(config.operations.audit_deadline, Duration::from_millis(800));
         assert_eq!((config.hsm.sessions, config.hsm.queue), (2, 256));
         assert_eq!(config.hsm.pin.expose(), "1234");
         assert_eq!(config.log.level, LogLevel::Info);
-        assert_eq!(config.server.limits, limits::Settings::default());
+        assert_eq!(config.operations.limits, limits::Settings::default());
         assert_eq!(config.server.tls.client_ca, None);
         assert_eq!(config.hsm.key_capacity, 0);
     }
@@ -378,30 +395,40 @@ HSM:
         };
         let set = with(
             "  MAX_CONNECTIONS: 40\n  MAX_CONNECTIONS_PER_ADDRESS: 4\n  MAX_REQUESTS: 20\n  MAX_LOGINS: 5\n  \
-             MAX_RATE_PER_INSTANCE: 0\n  IDLE_TIMEOUT_IN_SECONDS: 350\n  CLIENT_CA_FILE: \"/etc/kms/clients.crt\"\n",
+             MAX_RATE_PER_INSTANCE: 0\n  MAX_RATE_PER_CALLER: 300\n  MAX_MANAGEMENT_RATE_PER_CALLER: 7\n  \
+             IDLE_TIMEOUT_IN_SECONDS: 350\n  AUDIT_DEADLINE_IN_MILLISECONDS: 2500\n  CLIENT_CA_FILE: \"/etc/kms/clients.crt\"\n",
         )
-        .unwrap()
-        .server;
+        .unwrap();
+        assert_eq!(set.operations.audit_deadline, Duration::from_millis(2500));
         let wanted = limits::Settings {
             connections: 40,
             connections_per_address: 4,
             requests: 20,
             logins: 5,
             rate_per_instance: 0,
+            rate_per_caller: 300,
+            management_rate_per_caller: 7,
             idle: Duration::from_secs(350),
         };
-        assert_eq!(set.limits, wanted);
-        assert_eq!(set.tls.client_ca.as_deref(), Some(Path::new("/etc/kms/clients.crt")));
+        assert_eq!(set.operations.limits, wanted);
+        assert_eq!(set.server.tls.client_ca.as_deref(), Some(Path::new("/etc/kms/clients.crt")));
+        let share = |lines| with(lines).unwrap().operations.limits.connections_per_address;
+        let shares =
+            ["", "  MAX_CONNECTIONS: 4096\n", "  MAX_CONNECTIONS: 20\n", "  MAX_CONNECTIONS: 4\n"];
+        assert_eq!(shares.map(share), [128, 1024, 16, 4]);
         let wrong = with(
-            "  MAX_REQUESTS: 0\n  MAX_LOGINS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
-                  IDLE_TIMEOUT_IN_SECONDS: 0\n",
+            "  MAX_RATE_PER_CALLER: -1\n  MAX_MANAGEMENT_RATE_PER_CALLER: 1000001\n  MAX_REQUESTS: 0\n  MAX_LOGINS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
+                  IDLE_TIMEOUT_IN_SECONDS: 0\n  AUDIT_DEADLINE_IN_MILLISECONDS: 99\n",
         );
         let said = wrong.unwrap_err().0.join("\n");
         for wanted in [
+            "SERVER_CONFIG.MAX_RATE_PER_CALLER must be a whole number from 0 to 1000000",
+            "SERVER_CONFIG.MAX_MANAGEMENT_RATE_PER_CALLER must be a whole number from 0 to 1000000",
             "SERVER_CONFIG.MAX_REQUESTS must be a whole number from 1 to 65536",
             "SERVER_CONFIG.MAX_LOGINS must be a whole number from 1 to 65536",
             "SERVER_CONFIG.MAX_CONNECTIONS_PER_ADDRESS is more than MAX_CONNECTIONS",
             "SERVER_CONFIG.IDLE_TIMEOUT_IN_SECONDS must be a whole number from 5 to 3600",
+            "SERVER_CONFIG.AUDIT_DEADLINE_IN_MILLISECONDS must be a whole number from 100 to 60000",
         ] {
             assert!(said.contains(wanted), "{wanted:?} is not in:\n{said}");
         }
@@ -495,10 +522,10 @@ HSM:
         let with = |entries: &str| parse(&format!("{GOOD}ISSUERS:\n{entries}"));
         let cluster = "- ISSUER_URL: \"https://kubernetes.default.svc\"\n  AUDIENCE: kms\n";
         let config = with(&format!("{cluster}  JWKS_FILE: \"/etc/kms/cluster.json\"\n")).unwrap();
-        let KeySource::File(file) = &config.issuers[0].keys else { panic!() };
+        let KeySource::File(file) = &config.operations.issuers[0].keys else { panic!() };
         assert_eq!(file, Path::new("/etc/kms/cluster.json"));
         let config = with(&format!("{cluster}  CA_FILE: \"/etc/kms/ca.crt\"\n")).unwrap();
-        assert!(matches!(&config.issuers[0].keys, KeySource::Discovery { .. }));
+        assert!(matches!(&config.operations.issuers[0].keys, KeySource::Discovery { .. }));
         let both = format!("{cluster}  JWKS_FILE: a\n  CA_FILE: b\n");
         for (entries, said) in [
             (cluster.to_owned(), "ISSUERS[0].CA_FILE or JWKS_FILE is needed"),

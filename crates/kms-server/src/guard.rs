@@ -24,6 +24,11 @@ const REST: Duration = Duration::from_secs(2);
 /// How often the key pairs of this server prove that they sign. One that is lost is looked for after [`REST`] again.
 const PROVEN_FOR: Duration = Duration::from_secs(30);
 
+/// A key that another server has just made may come into this process's sight a moment later: SoftHSM2 and the members
+/// of HSM clusters read what others wrote by and by. So long it is looked for before it counts as gone.
+const COMES_INTO_SIGHT: [Duration; 3] =
+    [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(200)];
+
 /// A vault behind its check values.
 #[derive(Debug)]
 pub struct Guarded {
@@ -85,6 +90,15 @@ impl Guarded {
         let state = self.shared.state.read().unwrap_or_else(PoisonError::into_inner);
         let lost = state.signers.iter().find(|one| !one.pair.signs());
         lost.map_or(Ok(()), |one| Err(VaultError::Policy(report::signer_meaning(one))))
+    }
+
+    /// What is signed with a pair that was seen to be lost, or another one, is worth nothing. It may come back: a restore
+    /// brings it.
+    fn signs_with(&self, id: Uuid) -> Result<(), VaultError> {
+        let state = self.shared.state.read().unwrap_or_else(PoisonError::into_inner);
+        let lost = state.signers.iter().find(|one| one.id == id && !one.pair.signs());
+        let refused = |one| VaultError::Unavailable { cause: report::signer_meaning(one) };
+        lost.map_or(Ok(()), |one| Err(refused(one)))
     }
 
     fn pass_for(&self, id: Uuid) -> Result<(), VaultError> {
@@ -209,6 +223,19 @@ impl Shared {
     }
 }
 
+/// For keys that the database knows.
+async fn in_sight<T, F: Future<Output = Result<T, VaultError>>>(
+    ask: impl Fn() -> F,
+) -> Result<T, VaultError> {
+    for pause in COMES_INTO_SIGHT {
+        match ask().await {
+            Err(VaultError::NotFound) => sleep(pause).await,
+            answer => return answer,
+        }
+    }
+    ask().await
+}
+
 #[async_trait]
 impl Vault for Guarded {
     async fn create_version(&self, id: Uuid) -> Result<(), VaultError> {
@@ -233,7 +260,7 @@ impl Vault for Guarded {
         dek: SecretBytes,
     ) -> Result<Wrapped, VaultError> {
         self.pass_for(id)?;
-        self.shared.vault.wrap(id, context, dek).await
+        in_sight(|| self.shared.vault.wrap(id, context, dek.clone())).await
     }
 
     async fn unwrap(
@@ -243,7 +270,7 @@ impl Vault for Guarded {
         wrapped: Wrapped,
     ) -> Result<SecretBytes, VaultError> {
         self.pass_for(id)?;
-        self.shared.vault.unwrap(id, context, wrapped).await
+        in_sight(|| self.shared.vault.unwrap(id, context, wrapped.clone())).await
     }
 
     async fn wrap_gcm(
@@ -253,7 +280,7 @@ impl Vault for Guarded {
         dek: SecretBytes,
     ) -> Result<Sealed, VaultError> {
         self.pass_for(id)?;
-        self.shared.vault.wrap_gcm(id, context, dek).await
+        in_sight(|| self.shared.vault.wrap_gcm(id, context, dek.clone())).await
     }
 
     async fn unwrap_gcm(
@@ -263,7 +290,7 @@ impl Vault for Guarded {
         sealed: Sealed,
     ) -> Result<SecretBytes, VaultError> {
         self.pass_for(id)?;
-        self.shared.vault.unwrap_gcm(id, context, sealed).await
+        in_sight(|| self.shared.vault.unwrap_gcm(id, context, sealed.clone())).await
     }
 
     async fn check_value(&self, id: Uuid) -> Result<CheckValue, VaultError> {
@@ -292,7 +319,16 @@ impl Vault for Guarded {
 
     async fn sign(&self, id: Uuid, data: &[u8]) -> Result<Vec<u8>, VaultError> {
         self.pass()?;
-        self.shared.vault.sign(id, data).await
+        self.signs_with(id)?;
+        let signed = self.shared.vault.sign(id, data).await;
+        if signed == Err(VaultError::NotFound) {
+            // The next probe tells who watches.
+            self.shared.change(|state| state.proof_due = true);
+            let cause =
+                format!("it no longer holds the private key {id}, with which this server signs");
+            return Err(VaultError::Unavailable { cause });
+        }
+        signed
     }
 
     async fn versions(&self) -> Result<Vec<Uuid>, VaultError> {

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 /// Replicas, and the clients that read `exp`, may differ by this much; a step that is larger was not a clock that is
 /// kept by NTP.
-const TOLERANCE: Duration = Duration::from_secs(5);
+pub(crate) const TOLERANCE: Duration = Duration::from_secs(5);
 /// How long a step of the clock is shown: long enough for every scrape and every load balancer to see it.
 const SHOWN: Duration = Duration::from_secs(60);
 
@@ -106,7 +106,8 @@ impl ClockWatch {
         {
             let behind = behind.as_secs();
             return Err(format!(
-                "{behind} s behind the time of {what}: set the clock of this host"
+                "{behind} s behind the time of {what}: set the clock of this host. If it is right and was ahead then, stop \
+                 the servers on this database and run `kms-server renew-key tokens`"
             ));
         }
         match &seen.step {
@@ -199,7 +200,8 @@ mod tests {
         let watch = ClockWatch::new(clock.clone(), records);
         assert_eq!(
             watch.check().unwrap_err(),
-            "60 s behind the time of the last audit record: set the clock of this host"
+            "60 s behind the time of the last audit record: set the clock of this host. If it is right and was ahead \
+             then, stop the servers on this database and run `kms-server renew-key tokens`"
         );
         clock.run(55);
         assert_eq!(watch.check(), Ok(()));

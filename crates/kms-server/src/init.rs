@@ -49,6 +49,11 @@ pub enum InitError {
     Done { database: String },
     #[error("cannot read SO_PIN_FILE {path}: {cause}")]
     SoPin { path: String, cause: std::io::Error },
+    #[error(
+        "the API keys cannot be written out: {0}. Nothing was initialised: make room, or name another output, and run \
+         `kms-server init` again. What was printed of them is worth nothing"
+    )]
+    Untold(std::io::Error),
     #[error("HSM: {0}")]
     Vault(#[from] VaultError),
     #[error(transparent)]
@@ -59,9 +64,15 @@ pub enum InitError {
     Audit(#[from] AuditError),
 }
 
+/// `tell` gets out what nobody can read again afterwards, before it counts.
+///
 /// # Errors
 /// [`InitError`]. What was made in the HSM until then stays there, without a use.
-pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitError> {
+pub async fn init(
+    config: &Config,
+    clock: Arc<dyn Clock>,
+    tell: impl FnOnce(&Made) -> std::io::Result<()>,
+) -> Result<(), InitError> {
     let store = SqliteStore::open(&config.server.database, true).await?;
     if store.signing_key().await?.is_some() {
         return Err(InitError::Done { database: config.server.database.display().to_string() });
@@ -70,7 +81,7 @@ pub async fn init(config: &Config, clock: Arc<dyn Clock>) -> Result<Made, InitEr
     let audit = Audit::open(&config.server.audit_file, &node, None, clock.clone())?;
     make_token_where_asked(&config.hsm)?;
     let vault = open_vault(&config.hsm, config.operations.wdek_version)?;
-    let made = fill(&store, &vault, &audit, clock.wall().into()).await;
+    let made = fill(&store, &vault, &audit, clock.wall().into(), tell).await.map(drop);
     // From here on nobody can take the log away and have a new one begun.
     store.keep_audit_head(&node, audit.head()).await?;
     store.close().await;
@@ -99,7 +110,7 @@ pub fn vault_settings(hsm: &Hsm, wdek_version: WdekVersion) -> pkcs11::Settings 
     }
 }
 
-/// Puts the first content into an empty `store`.
+/// Puts the first content into an empty `store`, once `tell` has told its secrets.
 ///
 /// # Errors
 /// `Store` with a conflict when the store is not empty.
@@ -108,6 +119,7 @@ pub async fn fill(
     vault: &dyn Vault,
     audit: &Audit,
     now: OffsetDateTime,
+    tell: impl FnOnce(&Made) -> std::io::Result<()>,
 ) -> Result<Made, InitError> {
     let id = random_uuid(vault).await?;
     let signing_key = SigningKey { id, public: vault.make_signing_key(id).await?, created_at: now };
@@ -119,6 +131,7 @@ pub async fn fill(
     let (viewer_rows, viewer) = identity(vault, "viewer", here, now).await?;
     let made = Made { instance: instance.id, admin, viewer };
     let service_ids = vec![admin_rows, viewer_rows];
+    tell(&made).map_err(InitError::Untold)?;
     store.initialise(&FirstContent { instance, signing_key, service_ids }).await?;
     audit.record(record(made.instance)).await?;
     Ok(made)
@@ -203,6 +216,9 @@ fn record(instance: Uuid) -> Record {
         instance: Some(instance),
         target: None,
         version: None,
+        rewrapped: None,
+        service_id: None,
+        grant: None,
         correlation: None,
         peer: None,
         count: None,

@@ -1,10 +1,11 @@
-//! How much of this server one peer, one instance and all of them together may take. What is too much is refused
-//! soon and cheaply: under overload the requests that are let in are still answered in time.
+//! How much of this server one peer, one caller, one instance and all of them together may take. What is too much is
+//! refused soon and cheaply: under overload the requests that are let in are still answered in time.
 
+use crate::policy::{Caller, Credential};
 use kms_core::clock::Clock;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,19 +14,25 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use uuid::Uuid;
 
-/// Instances whose rate is remembered. One that was quiet for a moment has nothing to remember.
+/// Those whose rate is remembered. One that was quiet for a moment has nothing to remember.
 const MOST_BUCKETS: usize = 10_000;
+/// Whoever holds fewer connections may have one of the last places.
+const FEW: usize = 4;
 /// With the time that a body may take before it, no more than a request may take altogether.
 const LONGEST_TURN: Duration = Duration::from_secs(50);
 /// A connection can be refused twenty times a second, and no caller takes this for a late answer.
 const MOMENT: Duration = Duration::from_millis(50);
 
+/// What whoever asks more often than a rate allows hears, and how it is counted in the audit log.
+pub const TOO_OFTEN: &str = "TOO_MANY_REQUESTS_ERR";
+
 /// What the operator allows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// Open at once, on both ports together.
+    /// Open at once, on both ports together; on one of them three quarters of that. Of either the last eighth is for
+    /// peers that hold few.
     pub connections: usize,
-    /// Of them, from one address.
+    /// Of them, from one IPv4 address or IPv6 network of 64 bits.
     pub connections_per_address: usize,
     /// Requests of callers with a token that are worked on at once.
     pub requests: usize,
@@ -33,6 +40,10 @@ pub struct Settings {
     pub logins: usize,
     /// Requests to the key API in one second, for each instance; 0: as many as come.
     pub rate_per_instance: u32,
+    /// The same for each service ID or profile, whatever instance it names.
+    pub rate_per_caller: u32,
+    /// Its requests to the management in one second, and its logins; 0: as many as come.
+    pub management_rate_per_caller: u32,
     /// How long a connection may wait for its next request, until the last byte of that request's head.
     pub idle: Duration,
 }
@@ -41,13 +52,25 @@ impl Default for Settings {
     fn default() -> Settings {
         Settings {
             connections: 512,
-            connections_per_address: 256,
+            connections_per_address: Settings::share_of_address(512),
             requests: 256,
             logins: 64,
             rate_per_instance: 2000,
+            // As an instance: a cluster has a service ID of its own, and is stopped by neither before the other.
+            rate_per_caller: 2000,
+            // A plug-in logs in once an hour, a `kmsctl` in a script some times a second.
+            management_rate_per_caller: 50,
             // Ours keep an idle connection for 90 s.
             idle: Duration::from_secs(100),
         }
+    }
+}
+
+impl Settings {
+    /// How many connections one address may have where nothing is said of that, of so many altogether.
+    #[must_use]
+    pub fn share_of_address(connections: usize) -> usize {
+        (connections / 4).max(16).min(connections)
     }
 }
 
@@ -55,18 +78,96 @@ impl Default for Settings {
 #[derive(Debug)]
 pub struct Limits {
     settings: Settings,
-    open: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    open: Arc<Mutex<Open>>,
     requests: Semaphore,
     logins: Semaphore,
-    buckets: Mutex<HashMap<Uuid, Bucket>>,
+    buckets: Mutex<HashMap<Whose, Bucket>>,
     clock: Arc<dyn Clock>,
-    refused: [AtomicU64; 5],
+    refused: [AtomicU64; TooMuch::ALL.len()],
+}
+
+/// The ports that share the connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Port {
+    Keys,
+    Tokens,
+}
+
+/// What a rate is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Whose {
+    /// Requests to the key API about this instance, of all who may be there.
+    Instance(Uuid),
+    /// Requests to the key API by this service ID or profile.
+    Caller(Uuid),
+    /// Its requests to the management.
+    Management(Uuid),
+    /// Its logins.
+    Logins(Uuid),
+}
+
+impl Whose {
+    #[must_use]
+    pub fn caller(caller: &Caller) -> Whose {
+        Whose::Caller(id(caller))
+    }
+
+    #[must_use]
+    pub fn management(caller: &Caller) -> Whose {
+        Whose::Management(id(caller))
+    }
+
+    #[must_use]
+    pub fn logins(caller: &Caller) -> Whose {
+        Whose::Logins(id(caller))
+    }
+
+    fn limit(self) -> TooMuch {
+        match self {
+            Whose::Instance(_) => TooMuch::Rate,
+            Whose::Caller(_) => TooMuch::RateOfCaller,
+            Whose::Management(_) | Whose::Logins(_) => TooMuch::ManagementRate,
+        }
+    }
+
+    /// All for whom there is no room.
+    fn rest(self) -> Whose {
+        match self {
+            Whose::Instance(_) => Whose::Instance(Uuid::nil()),
+            Whose::Caller(_) => Whose::Caller(Uuid::nil()),
+            Whose::Management(_) => Whose::Management(Uuid::nil()),
+            Whose::Logins(_) => Whose::Logins(Uuid::nil()),
+        }
+    }
+}
+
+/// A profile is somebody apart from the service ID whose rights it has: not every login under it is the same machine.
+fn id(caller: &Caller) -> Uuid {
+    match caller.credential {
+        Credential::ApiKey(_) => caller.service_id,
+        Credential::Profile(profile) => profile,
+    }
+}
+
+/// Whoever has one IPv6 address has 2^64 of them: the interface's half of it is theirs to choose (RFC 4291, 2.5.4). An
+/// IPv4 peer on an IPv6 socket is the same peer.
+#[must_use]
+pub fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            Ipv6Addr::from_bits(address.to_bits() & !u128::from(u64::MAX)).into()
+        }
+        address => address,
+    }
 }
 
 /// Why something is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooMuch {
-    #[error("as many connections are open as MAX_CONNECTIONS allows")]
+    #[error(
+        "as many connections are open as MAX_CONNECTIONS allows; of it one port has three quarters, and peers with few \
+         connections the last eighth"
+    )]
     Connections,
     #[error("as many connections are open from this address as MAX_CONNECTIONS_PER_ADDRESS allows")]
     ConnectionsOfAddress,
@@ -76,15 +177,26 @@ pub enum TooMuch {
     Logins,
     #[error("this instance has more requests a second than MAX_RATE_PER_INSTANCE allows")]
     Rate,
+    #[error(
+        "this service ID or profile has more requests a second than MAX_RATE_PER_CALLER allows"
+    )]
+    RateOfCaller,
+    #[error(
+        "this service ID or profile has more logins or requests to the management a second than \
+         MAX_MANAGEMENT_RATE_PER_CALLER allows"
+    )]
+    ManagementRate,
 }
 
 impl TooMuch {
-    pub const ALL: [TooMuch; 5] = [
+    pub const ALL: [TooMuch; 7] = [
         TooMuch::Connections,
         TooMuch::ConnectionsOfAddress,
         TooMuch::Requests,
         TooMuch::Logins,
         TooMuch::Rate,
+        TooMuch::RateOfCaller,
+        TooMuch::ManagementRate,
     ];
 
     /// What metrics call it.
@@ -96,7 +208,15 @@ impl TooMuch {
             TooMuch::Requests => "requests",
             TooMuch::Logins => "logins",
             TooMuch::Rate => "rate_per_instance",
+            TooMuch::RateOfCaller => "rate_per_caller",
+            TooMuch::ManagementRate => "management_rate_per_caller",
         }
+    }
+
+    /// Somebody who is known asks too often, and would be served a moment later.
+    #[must_use]
+    pub fn is_rate(self) -> bool {
+        matches!(self, TooMuch::Rate | TooMuch::RateOfCaller | TooMuch::ManagementRate)
     }
 }
 
@@ -107,11 +227,29 @@ struct Bucket {
     at: Duration,
 }
 
+/// How many are open.
+#[derive(Debug, Default)]
+struct Open {
+    networks: HashMap<IpAddr, usize>,
+    keys: usize,
+    tokens: usize,
+}
+
+impl Open {
+    fn of(&mut self, port: Port) -> &mut usize {
+        match port {
+            Port::Keys => &mut self.keys,
+            Port::Tokens => &mut self.tokens,
+        }
+    }
+}
+
 /// A connection's place among the open ones, until it is dropped.
 #[derive(Debug)]
 pub struct Place {
-    open: Arc<Mutex<HashMap<IpAddr, usize>>>,
-    address: IpAddr,
+    open: Arc<Mutex<Open>>,
+    port: Port,
+    network: IpAddr,
 }
 
 impl Limits {
@@ -133,23 +271,26 @@ impl Limits {
         self.settings
     }
 
-    /// Lets a connection from `address` in.
+    /// Lets a connection from `address` to `port` in.
     ///
     /// # Errors
     /// `Connections` or `ConnectionsOfAddress`.
-    pub fn connect(&self, address: IpAddr) -> Result<Place, TooMuch> {
-        // An IPv4 peer on an IPv6 socket is the same peer.
-        let address = address.to_canonical();
+    pub fn connect(&self, port: Port, address: IpAddr) -> Result<Place, TooMuch> {
+        let (all, network) = (self.settings.connections, network(address));
         let mut open = lock(&self.open);
-        if open.values().sum::<usize>() >= self.settings.connections {
+        let own = open.networks.get(&network).copied().unwrap_or_default();
+        // A few addresses must not take what others need to come in at all, nor one port what the other does.
+        let full =
+            |taken: usize, most: usize| taken >= if own < FEW { most } else { most - most / 8 };
+        if full(open.keys + open.tokens, all) || full(*open.of(port), all - all / 4) {
             return Err(self.refuse(TooMuch::Connections));
         }
-        let of_address = open.entry(address).or_default();
-        if *of_address >= self.settings.connections_per_address {
+        if own >= self.settings.connections_per_address {
             return Err(self.refuse(TooMuch::ConnectionsOfAddress));
         }
-        *of_address += 1;
-        Ok(Place { open: self.open.clone(), address })
+        *open.of(port) += 1;
+        open.networks.insert(network, own + 1);
+        Ok(Place { open: self.open.clone(), port, network })
     }
 
     /// Works on the request of a caller with a token, or refuses it, which takes a moment: whoever asks again as soon
@@ -190,36 +331,48 @@ impl Limits {
         Ok(work.await)
     }
 
-    /// Counts a request against the rate of `instance`. As many as come in one second may come at once.
+    /// Counts one against a rate. As many as come in one second may come at once.
     ///
     /// # Errors
-    /// `Rate`.
-    pub fn spend(&self, instance: Uuid) -> Result<(), TooMuch> {
-        if self.settings.rate_per_instance == 0 {
+    /// The limit of that rate.
+    pub fn spend(&self, whose: Whose) -> Result<(), TooMuch> {
+        let (rate, now) = (self.rate(whose), self.clock.now());
+        if rate == 0.0 {
             return Ok(());
         }
-        let (rate, now) = (f64::from(self.settings.rate_per_instance), self.clock.now());
         let mut buckets = lock(&self.buckets);
-        if buckets.len() >= MOST_BUCKETS {
-            buckets.retain(|_, bucket| bucket.level(rate, now) < rate);
+        let mut whose = whose;
+        if buckets.len() >= MOST_BUCKETS && !buckets.contains_key(&whose) {
+            buckets.retain(|whose, bucket| {
+                let rate = self.rate(*whose);
+                bucket.level(rate, now) < rate
+            });
+            if buckets.len() >= MOST_BUCKETS {
+                whose = whose.rest();
+            }
         }
-        let full = Bucket { tokens: rate, at: now };
-        let bucket = match buckets.entry(instance) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(new) => new.insert(full),
-        };
+        let bucket = buckets.entry(whose).or_insert(Bucket { tokens: rate, at: now });
         let level = bucket.level(rate, now);
         if level < 1.0 {
-            return Err(self.refuse(TooMuch::Rate));
+            return Err(self.refuse(whose.limit()));
         }
         *bucket = Bucket { tokens: level - 1.0, at: now };
         Ok(())
     }
 
+    fn rate(&self, whose: Whose) -> f64 {
+        f64::from(match whose {
+            Whose::Instance(_) => self.settings.rate_per_instance,
+            Whose::Caller(_) => self.settings.rate_per_caller,
+            Whose::Management(_) | Whose::Logins(_) => self.settings.management_rate_per_caller,
+        })
+    }
+
     /// How many are open now.
     #[must_use]
     pub fn connections(&self) -> usize {
-        lock(&self.open).values().sum()
+        let open = lock(&self.open);
+        open.keys + open.tokens
     }
 
     /// How many are worked on now.
@@ -236,7 +389,7 @@ impl Limits {
 
     /// How often each limit has refused something.
     #[must_use]
-    pub fn refused(&self) -> [(TooMuch, u64); 5] {
+    pub fn refused(&self) -> [(TooMuch, u64); TooMuch::ALL.len()] {
         TooMuch::ALL.map(|why| (why, self.count(why).load(Ordering::Relaxed)))
     }
 
@@ -246,13 +399,16 @@ impl Limits {
     }
 
     fn count(&self, why: TooMuch) -> &AtomicU64 {
-        let [connections, of_address, requests, logins, rate] = &self.refused;
+        let [connections, of_address, requests, logins, rate, of_caller, management] =
+            &self.refused;
         match why {
             TooMuch::Connections => connections,
             TooMuch::ConnectionsOfAddress => of_address,
             TooMuch::Requests => requests,
             TooMuch::Logins => logins,
             TooMuch::Rate => rate,
+            TooMuch::RateOfCaller => of_caller,
+            TooMuch::ManagementRate => management,
         }
     }
 }
@@ -267,7 +423,8 @@ impl Bucket {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut open = lock(&self.open);
-        if let Entry::Occupied(mut count) = open.entry(self.address) {
+        *open.of(self.port) -= 1;
+        if let Entry::Occupied(mut count) = open.networks.entry(self.network) {
             *count.get_mut() -= 1;
             if *count.get() == 0 {
                 count.remove();
@@ -281,90 +438,4 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use kms_core::clock::ManualClock;
-    use tokio::sync::oneshot;
-    use tokio::time::Instant;
-
-    fn limits(settings: Settings) -> (Limits, Arc<ManualClock>) {
-        let clock = Arc::new(ManualClock::new());
-        (Limits::new(settings, clock.clone()), clock)
-    }
-
-    #[test]
-    fn connections_are_counted_by_address_and_together() {
-        let settings =
-            Settings { connections: 3, connections_per_address: 2, ..Settings::default() };
-        let (limits, _) = limits(settings);
-        let [one, same, two]: [IpAddr; 3] =
-            ["10.0.0.1", "::ffff:10.0.0.1", "10.0.0.2"].map(|text| text.parse().unwrap());
-        let first = limits.connect(one).unwrap();
-        let _second = limits.connect(same).unwrap();
-        assert_eq!(limits.connect(one).unwrap_err(), TooMuch::ConnectionsOfAddress);
-        let _third = limits.connect(two).unwrap();
-        assert_eq!(limits.connect(two).unwrap_err(), TooMuch::Connections);
-        drop(first);
-        let _fourth = limits.connect(one).unwrap();
-        assert_eq!(limits.connections(), 3);
-        assert_eq!(limits.refused().map(|(_, count)| count), [1, 1, 0, 0, 0]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn requests_take_turns_that_are_not_those_of_logins_and_a_refusal_takes_a_moment() {
-        let (limits, _) = limits(Settings { requests: 1, logins: 1, ..Settings::default() });
-        let beside = async {
-            let began = Instant::now();
-            assert_eq!(limits.request(async {}).await.unwrap_err(), TooMuch::Requests);
-            assert!(began.elapsed() >= MOMENT);
-            let second = limits.login(async { limits.login(async {}).await });
-            assert_eq!(second.await.unwrap().unwrap_err(), TooMuch::Logins);
-            limits.requests()
-        };
-        assert_eq!(limits.request(beside).await, Ok(1));
-        assert_eq!(limits.refused().map(|(_, count)| count), [0, 0, 1, 1, 0]);
-        assert_eq!(limits.request(async { 7 }).await, Ok(7));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn work_that_hangs_is_not_torn_and_gives_its_turn_back() {
-        let (limits, _) = limits(Settings { requests: 1, ..Settings::default() });
-        let limits = Arc::new(limits);
-        let (end, ended) = oneshot::channel();
-        let hanging = tokio::spawn({
-            let limits = limits.clone();
-            async move { limits.request(ended).await }
-        });
-        tokio::time::sleep(LONGEST_TURN - MOMENT).await;
-        assert_eq!(limits.requests(), 1);
-        tokio::time::sleep(MOMENT * 2).await;
-        assert_eq!(limits.request(async {}).await, Ok(()));
-        end.send("done").unwrap();
-        assert_eq!(hanging.await.unwrap(), Ok(Ok("done")));
-    }
-
-    #[test]
-    fn a_rate_is_that_of_one_instance_and_comes_back_with_time() {
-        let (limits, clock) = limits(Settings { rate_per_instance: 10, ..Settings::default() });
-        let [noisy, quiet] = [1, 2].map(Uuid::from_u128);
-        let spend = |instance| (0..100).filter(|_| limits.spend(instance).is_ok()).count();
-        assert_eq!(spend(noisy), 10);
-        assert_eq!(spend(quiet), 10, "another instance is not told of it");
-        clock.advance(Duration::from_millis(500));
-        assert_eq!(spend(noisy), 5);
-        clock.advance(Duration::from_secs(3600));
-        assert_eq!(spend(noisy), 10, "no more than a second's worth is saved up");
-    }
-
-    #[test]
-    fn no_rate_is_no_limit_and_many_instances_are_not_kept_for_ever() {
-        let (unlimited, _) = limits(Settings { rate_per_instance: 0, ..Settings::default() });
-        assert!((0..10_000).all(|_| unlimited.spend(Uuid::nil()).is_ok()));
-        let (limits, clock) = limits(Settings::default());
-        for instance in 0..25_000 {
-            clock.advance(Duration::from_millis(1));
-            limits.spend(Uuid::from_u128(instance)).unwrap();
-        }
-        assert!(lock(&limits.buckets).len() <= MOST_BUCKETS);
-    }
-}
+mod tests;

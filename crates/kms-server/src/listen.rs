@@ -1,6 +1,6 @@
 //! TLS listeners: connections, their limits, and the end of both. Which request means what is not known here.
 
-use crate::limits::{Limits, TooMuch};
+use crate::limits::{Limits, Port, TooMuch};
 use crate::patient::Patient;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -37,7 +37,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub async fn serve<H, F>(
     listener: TcpListener,
     acceptor: impl Fn() -> TlsAcceptor,
-    limits: &Limits,
+    (limits, port): (&Limits, Port),
     handler: H,
     shutdown: Shutdown,
 ) where
@@ -63,7 +63,7 @@ pub async fn serve<H, F>(
         };
         // On a socket for both families IPv4 comes as IPv6: one peer has one name.
         let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-        let place = match limits.connect(peer.ip()) {
+        let place = match limits.connect(port, peer.ip()) {
             Ok(place) => place,
             Err(why) => {
                 // A flood would be one of log lines, too: it is told when it begins, and counted.

@@ -6,29 +6,21 @@ use kms_core::crypto_module::{self, CryptoModule};
 use kms_daemon::lifecycle::{Shutdown, watch_signals};
 use kms_daemon::memory;
 use kms_daemon::telemetry;
-use kms_hsm::Vault;
 use kms_server::adopt::Adopt;
-use kms_server::app::App;
+use kms_server::app::{App, Foundation};
 use kms_server::audit::{Audit, node};
 use kms_server::backup::{backup, manifest_of};
-use kms_server::config::Config;
-use kms_server::failures::Failures;
-use kms_server::gate::Gates;
+use kms_server::config::{Config, Server};
 use kms_server::guard::Guarded;
-use kms_server::health::Health;
 use kms_server::hsm;
 use kms_server::init;
-use kms_server::issuers::Issuers;
-use kms_server::limits::Limits;
-use kms_server::metrics::Metrics;
 use kms_server::reconcile::{Comparison, compare};
 use kms_server::renew_key::{self, Signs};
 use kms_server::serve::{self, Listeners};
 use kms_server::store::{SigningKey, SqliteStore, Store};
 use kms_server::tls::Tls;
-use kms_server::token::Issuer;
-use kms_server::uses::Uses;
 use kms_server::{adopt, report, restore};
+use std::io::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -91,8 +83,8 @@ enum Command {
         #[arg(value_enum)]
         signs: Signs,
     },
-    /// Give a version that the HSM holds and a restored database does not know (`extra`) back to its key, so that what
-    /// it wrapped opens again. It never wraps. Stop the server that writes this audit log first.
+    /// Give a version that the HSM holds and a restored database does not know (`extra`), or knows as one that is being
+    /// made (`unfinished`), back to its key, so that what it wrapped opens again. It never wraps. Stop the server that writes this audit log first.
     Adopt {
         /// The key that it belonged to; the audit log says so.
         #[arg(long, value_name = "UUID")]
@@ -173,12 +165,15 @@ fn check_config(cli: &Cli) -> Result<(), Failure> {
 async fn initialise(cli: &Cli, output: Output) -> Result<(), Failure> {
     let config = Config::load(&cli.config)?;
     let clock = clock(&config)?;
-    let made = init::init(&config, clock).await?;
-    match output {
-        Output::Text => println!("{}", made.text()),
-        Output::Json => println!("{}", made.json()),
-    }
-    Ok(())
+    let tell = |made: &init::Made| {
+        let text = match output {
+            Output::Text => made.text(),
+            Output::Json => made.json(),
+        };
+        let mut out = std::io::stdout().lock();
+        writeln!(out, "{text}").and_then(|()| out.flush())
+    };
+    Ok(init::init(&config, clock, tell).await?)
 }
 
 async fn check(cli: &Cli, output: Output) -> Result<ExitCode, Failure> {
@@ -242,7 +237,10 @@ async fn adopt(cli: &Cli, asked: Adopt) -> Result<(), Failure> {
     let done = adopt::adopt(&*vault, &*store, &audit, asked, clock.wall().into()).await;
     store.close().await;
     done?;
-    println!("What version {version} of key {key} has wrapped can be unwrapped.");
+    println!(
+        "What version {version} of key {key} has wrapped can be unwrapped. Nothing wraps with it: rotate the key \
+         (`kmsctl keys rotate {key}`), before plug-ins that sealed under it reach the server."
+    );
     Ok(())
 }
 
@@ -258,8 +256,9 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     let pin = config.hsm.remembered_pin();
     let vault = Arc::new(Guarded::new(hsm::open(&config, &pin)?, store.clone()));
     let audit = audit(&config, &*store, clock.clone()).await?;
-    let app = Arc::new(assemble(&config, clock, store, vault, signing_key, audit)?);
-    let listeners = bind(&config).await?;
+    let app = App::new(Foundation { clock, store, vault, audit, signing_key }, config.operations)?;
+    app.metrics.capacity(config.hsm.key_capacity);
+    let listeners = bind(&config.server).await?;
     let shutdown = Shutdown::new();
     watch_signals(shutdown.clone(), Arc::new(Notify::new()))?;
     tracing::info!("The key service is started on {}.", config.server.keys_address);
@@ -267,7 +266,7 @@ async fn serve(cli: &Cli) -> Result<(), Failure> {
     if let Some(file) = config.hsm.pin_file {
         tokio::spawn(hsm::watch_pin(pin, file, shutdown.clone()));
     }
-    serve::serve(app, listeners, tls, shutdown).await;
+    serve::serve(Arc::new(app), listeners, tls, shutdown).await;
     Ok(())
 }
 
@@ -301,47 +300,11 @@ fn clock(config: &Config) -> Result<Arc<dyn Clock>, Failure> {
     Ok(clock)
 }
 
-fn assemble(
-    config: &Config,
-    clock: Arc<dyn Clock>,
-    store: Arc<dyn Store>,
-    vault: Arc<dyn Vault>,
-    signing_key: SigningKey,
-    audit: Audit,
-) -> Result<App, Failure> {
-    let issuer = Issuer::new(
-        config.server.issuer_url.clone(),
-        config.server.token_lifetime,
-        signing_key,
-        clock.clone(),
-    );
-    let issuers = Issuers::new(config.issuers.clone(), clock.clone())?;
-    Ok(App {
-        gates: Gates::new(),
-        vault,
-        store,
-        audit,
-        issuer,
-        issuers,
-        limits: Limits::new(config.server.limits, clock.clone()),
-        failures: Failures::default(),
-        clock,
-        settings: config.operations,
-        metrics: {
-            let metrics = Metrics::new();
-            metrics.capacity(config.hsm.key_capacity);
-            metrics
-        },
-        health: Health::unknown(),
-        uses: Uses::default(),
-    })
-}
-
-async fn bind(config: &Config) -> Result<Listeners, Failure> {
+async fn bind(server: &Server) -> Result<Listeners, Failure> {
     Ok(Listeners {
-        keys: listen(config.server.keys_address, "KEYS_ADDRESS").await?,
-        tokens: listen(config.server.tokens_address, "TOKENS_ADDRESS").await?,
-        health: listen(config.server.health_address, "HEALTH_ADDRESS").await?,
+        keys: listen(server.keys_address, "KEYS_ADDRESS").await?,
+        tokens: listen(server.tokens_address, "TOKENS_ADDRESS").await?,
+        health: listen(server.health_address, "HEALTH_ADDRESS").await?,
     })
 }
 

@@ -8,6 +8,7 @@ use crate::failures::Cause;
 use crate::health::Parts;
 use crate::hsm_metrics::HsmMetrics;
 use crate::limits::{self, TooMuch};
+use crate::token::NotValid;
 use crate::uses;
 use kms_core::crypto_module::CryptoModule;
 use kms_hsm::{Circuit, Statistics};
@@ -42,6 +43,7 @@ pub struct Metrics {
     limits: Family<Labels, Gauge>,
     refused: Family<Labels, Counter>,
     logins_refused: Family<Labels, Counter>,
+    tokens_refused: Family<Labels, Counter>,
     audit_records: Family<Labels, Counter>,
     audit_seconds: Histogram,
     audit_syncs: Counter,
@@ -51,6 +53,7 @@ pub struct Metrics {
     audit_anchors: Family<Labels, Counter>,
     audit_anchored_at: Gauge,
     audit_unanchored: Gauge,
+    audit_losses: Gauge,
     certificate_ends: Gauge,
     certificate_reloads: Family<Labels, Counter>,
 }
@@ -67,7 +70,7 @@ pub struct Snapshot {
     pub connections: usize,
     pub requests: usize,
     pub limits: limits::Settings,
-    pub refused: [(TooMuch, u64); 5],
+    pub refused: [(TooMuch, u64); TooMuch::ALL.len()],
     pub audit_syncs: u64,
     pub audit: Lag,
     pub certificate_ends: Option<SystemTime>,
@@ -94,6 +97,7 @@ impl Metrics {
             limits: Family::default(),
             refused: Family::default(),
             logins_refused: Family::default(),
+            tokens_refused: Family::default(),
             audit_records: Family::default(),
             audit_seconds: milliseconds_to_seconds(),
             audit_syncs: Counter::default(),
@@ -103,6 +107,7 @@ impl Metrics {
             audit_anchors: Family::default(),
             audit_anchored_at: Gauge::default(),
             audit_unanchored: Gauge::default(),
+            audit_losses: Gauge::default(),
             certificate_ends: Gauge::default(),
             certificate_reloads: Family::default(),
         };
@@ -172,6 +177,11 @@ impl Metrics {
             "logins_refused",
             "Requests for a token that got none, by cause: api_key, token, issuer_away",
             self.logins_refused.clone(),
+        );
+        registry.register(
+            "tokens_refused",
+            "Requests with a token that was not taken, by cause, as the audit log calls it",
+            self.tokens_refused.clone(),
         );
     }
 
@@ -252,6 +262,11 @@ impl Metrics {
             "Durable records that no anchor covers yet",
             self.audit_unanchored.clone(),
         );
+        registry.register(
+            "audit_losses",
+            "How often this process found a file of the audit log, or the beginning of one, gone",
+            self.audit_losses.clone(),
+        );
     }
 
     pub fn answered(&self, action: &'static str, status: u16, took: Duration) {
@@ -265,6 +280,10 @@ impl Metrics {
 
     pub fn login_refused(&self, cause: Cause) {
         self.logins_refused.get_or_create(&[("cause", cause.name())]).inc();
+    }
+
+    pub fn token_refused(&self, why: NotValid) {
+        self.tokens_refused.get_or_create(&[("cause", why.code())]).inc();
     }
 
     pub fn ready(&self, parts: &Parts) {
@@ -344,6 +363,8 @@ impl Metrics {
             (TooMuch::Requests, count(now.limits.requests)),
             (TooMuch::Logins, count(now.limits.logins)),
             (TooMuch::Rate, i64::from(now.limits.rate_per_instance)),
+            (TooMuch::RateOfCaller, i64::from(now.limits.rate_per_caller)),
+            (TooMuch::ManagementRate, i64::from(now.limits.management_rate_per_caller)),
         ];
         for (limit, most) in allowed {
             self.limits.get_or_create(&[("limit", limit.name())]).set(most);
@@ -356,6 +377,7 @@ impl Metrics {
         self.audit_waiting.set(count(now.audit.waiting));
         self.audit_oldest.set(now.audit.oldest.as_secs_f64());
         self.audit_unanchored.set(i64::try_from(now.audit.unanchored).unwrap_or(i64::MAX));
+        self.audit_losses.set(i64::try_from(now.audit.losses).unwrap_or(i64::MAX));
         let ends = now.certificate_ends.and_then(|end| end.duration_since(UNIX_EPOCH).ok());
         let ends = ends.map_or(0, |end| i64::try_from(end.as_secs()).unwrap_or(i64::MAX));
         self.certificate_ends.set(ends);

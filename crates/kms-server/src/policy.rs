@@ -39,10 +39,12 @@ actions! {
     DisableKey = "disable_key",
     EnableKey = "enable_key",
     DeleteKey = "delete_key",
+    PurgeKey = "purge_key",
     ListInstances = "list_instances",
     CreateInstance = "create_instance",
     ListServiceIds = "list_service_ids",
     CreateServiceId = "create_service_id",
+    DeleteServiceId = "delete_service_id",
     ListPolicies = "list_policies",
     CreatePolicy = "create_policy",
     DeletePolicy = "delete_policy",
@@ -113,7 +115,7 @@ impl Role {
 #[must_use]
 pub fn permits(role: Role, action: Action) -> bool {
     use Role::{
-        Administrator, ClusterAdministrator, Editor, KmipAdapterManager, Manager, Reader,
+        Administrator, ClusterAdministrator, Editor, KeyPurge, KmipAdapterManager, Manager, Reader,
         ReaderPlus, Viewer, Writer,
     };
     let administrators = matches!(role, Administrator | ClusterAdministrator);
@@ -137,10 +139,13 @@ pub fn permits(role: Role, action: Action) -> bool {
         Action::DisableKey | Action::EnableKey | Action::DeleteKey => {
             administrators || matches!(role, Manager)
         }
+        // Nobody destroys a key and removes its last trace by one role.
+        Action::PurgeKey => role == KeyPurge,
         Action::ListInstances
         | Action::CreateInstance
         | Action::ListServiceIds
         | Action::CreateServiceId
+        | Action::DeleteServiceId
         | Action::ListPolicies
         | Action::CreatePolicy
         | Action::DeletePolicy
@@ -323,6 +328,17 @@ pub fn manages(caller: &Caller, action: Action, home: Scope, grants: &[Grant]) -
 #[error("no right to {action}")]
 pub struct Denied {
     action: Action,
+}
+
+impl fmt::Display for Grant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let role = self.role.name();
+        match self.scope {
+            Scope::Key { instance, key } => write!(f, "{role} of key {key} of instance {instance}"),
+            Scope::Instance(instance) => write!(f, "{role} of instance {instance}"),
+            Scope::Everywhere => write!(f, "{role} of every instance"),
+        }
+    }
 }
 
 impl fmt::Display for Action {

@@ -37,6 +37,8 @@ pub enum Standing {
     Unfinished,
     /// Its making was interrupted, or has just begun, and the HSM holds nothing of it.
     NeverMade,
+    /// Its key is being purged, and that is not done: whether the HSM holds it does not matter any more.
+    Purging,
 }
 
 /// A key pair of this server.
@@ -175,7 +177,9 @@ impl Comparison {
     /// Whether there is something that nothing uses, or that nothing misses.
     #[must_use]
     pub fn has_leftovers(&self) -> bool {
-        let left = |one: &Standing| matches!(one, Standing::Unfinished | Standing::NeverMade);
+        let left = |one: &Standing| {
+            matches!(one, Standing::Unfinished | Standing::NeverMade | Standing::Purging)
+        };
         !self.incomplete.is_empty()
             || !self.unknown.is_empty()
             || self.count(left) > 0
@@ -223,6 +227,9 @@ async fn standing(
     known: &KnownVersion,
     held: bool,
 ) -> Result<Standing, VaultError> {
+    if known.purging {
+        return Ok(Standing::Purging);
+    }
     match (known.pending, held) {
         (true, true) => return Ok(Standing::Unfinished),
         (true, false) => return Ok(Standing::NeverMade),

@@ -1,10 +1,12 @@
-//! `kms-server renew-key`: a new key pair in the place of one that the HSM has lost for good. Nothing else ever makes
+//! `kms-server renew-key`: a new key pair in the place of one that the HSM has lost for good, or, for the one that signs
+//! tokens, that was made under a clock that was ahead: no clock that is right is believed beside it. Nothing else ever makes
 //! one where the database knows of one.
 //!
 //! Nothing is destroyed: what the HSM still holds of the old pair stays, and its public half is kept, so that anchors
 //! that it has signed can be checked for ever.
 
 use crate::audit::{Audit, AuditError, Outcome, Record};
+use crate::health::TOLERANCE;
 use crate::reconcile::{
     ANCHORS, Comparison, Pair, ReconcileError, Standing, TOKENS, compare, pair,
 };
@@ -91,7 +93,10 @@ pub async fn renew(
         Signs::Anchors => store.audit_key().await?,
     };
     let old = old.ok_or(RenewError::None(signs.what()))?;
-    if pair(vault, &old).await?.signs() {
+    // The anchors' key has no say in what the time is.
+    let is_ahead = signs == Signs::Tokens && old.created_at > now + TOLERANCE;
+    let is_good = pair(vault, &old).await?.signs();
+    if is_good && !is_ahead {
         return Err(RenewError::Good { id: old.id, signs: signs.what() });
     }
     if is_another_token(&compare(vault, store).await?) {
@@ -101,8 +106,9 @@ pub async fn renew(
     audit.record(record(old.id, Outcome::Begun)).await?;
     let id = random_uuid(vault).await?;
     let public = vault.make_signing_key(id).await?;
-    // The newest is in charge, also where the clock went back.
-    let created_at = now.max(old.created_at + Duration::NANOSECOND);
+    // The newest is in charge, also where the clock went back. Where only its time is wrong, that is what is mended.
+    let newest = now.max(old.created_at + Duration::NANOSECOND);
+    let created_at = if is_good { now } else { newest };
     let new = SigningKey { id, public, created_at };
     if pair(vault, &new).await? != Pair::Good {
         return Err(RenewError::Unproven);
@@ -145,6 +151,9 @@ fn record(target: Uuid, outcome: Outcome) -> Record {
         instance: None,
         target: Some(target),
         version: None,
+        rewrapped: None,
+        service_id: None,
+        grant: None,
         correlation: None,
         peer: None,
         count: None,

@@ -48,7 +48,7 @@ pub fn log(found: &Comparison) {
             Standing::Lost | Standing::OtherKey => {
                 tracing::error!("{what}: {}", meaning(*standing));
             }
-            Standing::Unfinished | Standing::NeverMade => {
+            Standing::Unfinished | Standing::NeverMade | Standing::Purging => {
                 tracing::warn!("{what}: {}", meaning(*standing));
             }
         }
@@ -121,7 +121,10 @@ pub fn text(found: &Comparison) -> String {
         let _ = writeln!(text, "{}", signer_meaning(one));
     }
     if found.has_leftovers() {
-        let _ = writeln!(text, "What nothing uses is left where it is; nothing is ever deleted.");
+        let _ = writeln!(
+            text,
+            "What nothing uses is left where it is; nothing but a purge ever deletes."
+        );
     }
     text
 }
@@ -199,6 +202,7 @@ fn name(standing: Standing) -> &'static str {
         Standing::Lost => "missing",
         Standing::Unfinished => "unfinished",
         Standing::NeverMade => "never made",
+        Standing::Purging => "purging",
     }
 }
 
@@ -223,10 +227,16 @@ fn meaning(standing: Standing) -> &'static str {
             "the HSM does not hold it: what it wrapped cannot be unwrapped. Restore the HSM's backup."
         }
         Standing::Unfinished => {
-            "the HSM holds it, but its making was interrupted. Nothing was wrapped with it; it is left where it is."
+            "the HSM holds it, but its making was interrupted. Nothing was wrapped with it, unless this database is a \
+             backup of that very moment: where the audit log has `done` for it, give it back with `kms-server adopt`. It \
+             is left where it is."
         }
         Standing::NeverMade => {
-            "its making was interrupted before the HSM made anything, or has just begun. Nothing was wrapped with it."
+            "its making was interrupted before the HSM made anything, or has just begun. Nothing was wrapped with it, \
+             unless this database is a backup of that very moment and the HSM has lost it since."
+        }
+        Standing::Purging => {
+            "the purge of its key has begun and is not done. Purge the key again: what is left of it goes, too."
         }
     }
 }

@@ -4,7 +4,7 @@
 //! The database appears under its name whole, checked and on disk, or not at all; whatever a crash leaves lies under
 //! another name, and the next restore clears it away.
 
-use crate::backup::{BackupError, clear, failed, half, publish, verify};
+use crate::backup::{BackupError, Half, failed, publish, verify};
 use crate::reconcile::{Comparison, ReconcileError, Standing, compare};
 use crate::store::{SqliteStore, Store, StoreError, sides};
 use crate::uses;
@@ -61,10 +61,10 @@ pub async fn restore(
         is_free(database)?;
     }
     let made = verify(from)?;
-    let half = half(if check { from } else { database });
-    clear(&half)?;
-    let restored = place(vault, from, &half, (!check).then_some(database)).await;
-    clear(&half)?;
+    // Never beside the backup, which may be on a disk that nobody writes to.
+    let half = Half::of(database)?;
+    let restored = place(vault, from, half.path(), (!check).then_some(database)).await;
+    half.clear()?;
     Ok(Restored { found: restored?, made })
 }
 
@@ -99,7 +99,8 @@ impl Restored {
         let mut text = format!(
             "The backup is of {made}. Whatever was destroyed, disabled, revoked or given since is as it was then:\n  \
              kmsctl audit query AUDIT_FILE --since {made} --action delete_key\n\
-             and so with disable_key, delete_api_key, lock_api_key, rotate_api_key, delete_policy: do it again.\n"
+             and so with disable_key, delete_api_key, lock_api_key, rotate_api_key, delete_policy, delete_service_id: do it \
+             again. What purge_key says is gone is there again, and missing in the token.\n"
         );
         let versions = found.versions.iter();
         let lost = versions.filter(|(_, standing)| *standing == Standing::Lost);
@@ -111,11 +112,21 @@ impl Restored {
                 at.version, at.key
             );
         }
+        for (at, _) in found.versions.iter().filter(|(_, is)| *is == Standing::Unfinished) {
+            let _ = writeln!(
+                text,
+                "Version {} of key {} was being made at the time of the backup, and is in the token. If the audit log has \
+                 `done` for it (--action rotate_key, create_key), it has wrapped since, and what it wrapped cannot be \
+                 unwrapped with this database. `kms-server adopt` gives it back to its key.",
+                at.version, at.key
+            );
+        }
         for id in &found.unknown {
             let _ = writeln!(
                 text,
                 "Version {id} is in the token and not in the backup: it was made since. What it wrapped cannot be \
-                 unwrapped with this database. `kms-server adopt` gives it back to its key."
+                 unwrapped with this database. `kms-server adopt` gives it back to its key. Rotate that key in any case, \
+                 before plug-ins reach this server: those that seal under this version do not go back to an older one."
             );
         }
         text

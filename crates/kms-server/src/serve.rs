@@ -5,9 +5,10 @@ use crate::audit::anchors::Anchors;
 use crate::failures;
 use crate::health::{ClockWatch, Parts};
 use crate::http;
+use crate::limits::Port;
 use crate::listen;
 use crate::metrics::Snapshot;
-use crate::ops::issue_token::record_failures;
+use crate::ops::refused::record_rest;
 use crate::tls::Tls;
 use kms_daemon::admin;
 use kms_daemon::lifecycle::Shutdown;
@@ -51,8 +52,20 @@ pub async fn serve(app: Arc<App>, listeners: Listeners, tls: Tls, shutdown: Shut
     app.audit.show_sync_times(app.metrics.audit_sync_seconds());
     let mut anchors = Anchors::new(&app);
     tokio::join!(
-        listen::serve(listeners.keys, || tls.keys(), &app.limits, keys, shutdown.clone()),
-        listen::serve(listeners.tokens, || tls.tokens(), &app.limits, tokens, shutdown.clone()),
+        listen::serve(
+            listeners.keys,
+            || tls.keys(),
+            (&app.limits, Port::Keys),
+            keys,
+            shutdown.clone()
+        ),
+        listen::serve(
+            listeners.tokens,
+            || tls.tokens(),
+            (&app.limits, Port::Tokens),
+            tokens,
+            shutdown.clone()
+        ),
         admin::serve(listeners.health, health_routes(&app, &tls), shutdown.clone()),
         watch_health(&app, &clock, &shutdown),
         watch_certificate(&app, &tls, &shutdown),
@@ -60,7 +73,7 @@ pub async fn serve(app: Arc<App>, listeners: Listeners, tls: Tls, shutdown: Shut
         keep_failures(&app, &shutdown),
         anchors.keep(&shutdown),
     );
-    record_failures(&app).await;
+    record_rest(&app).await;
     // What was answered while the listeners closed is covered too.
     anchors.anchor().await;
     app.uses.give_back(&*app.store).await;
@@ -118,14 +131,14 @@ async fn watch_capacity(app: &App, shutdown: &Shutdown) {
     }
 }
 
-/// The records of logins that are refused over and over.
+/// The records of logins and tokens that are refused over and over.
 async fn keep_failures(app: &App, shutdown: &Shutdown) {
     loop {
         tokio::select! {
             () = shutdown.requested() => return,
             () = tokio::time::sleep(failures::PERIOD) => {}
         }
-        record_failures(app).await;
+        record_rest(app).await;
     }
 }
 

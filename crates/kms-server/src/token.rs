@@ -7,6 +7,7 @@ use crate::policy::{ApiKeySecret, Caller, Credential, PROFILE_PREFIX, SERVICE_ID
 use crate::store::SigningKey;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use kms_core::clock::Clock;
 use kms_core::secret::SecretText;
@@ -18,8 +19,11 @@ use uuid::Uuid;
 
 /// Whom our tokens are for. A token of another service under the same issuer is not one for this API.
 const AUDIENCE: &str = "kms";
-/// Clocks of replicas differ by this much at most.
+/// How long after its end a token is still taken, for its way here.
 const LEEWAY_SECONDS: u64 = 5;
+/// How much a replica's clock may be ahead of ours: beyond that its tokens seem to come from the future, and its callers
+/// are refused here. They are genuine all the same, so that a generous bound costs nothing.
+const MAX_SKEW_SECONDS: u64 = 60;
 /// No token of ours is longer; anything longer is refused before it is decoded.
 const MAX_TOKEN: usize = 4096;
 
@@ -59,10 +63,52 @@ pub struct Terms {
     pub until: Option<u64>,
 }
 
-/// Not one of our tokens, or no longer. One answer for every reason.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+/// Not one of our tokens, or no longer. One answer for every reason: which it was is for the audit log only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the token is not valid")]
-pub struct NotValid;
+pub enum NotValid {
+    /// Its header is not ours: no token at all, or one of another key or algorithm.
+    Foreign,
+    Signature,
+    Issuer,
+    Audience,
+    Expired,
+    /// It is from the future, or for longer than ours are.
+    Times,
+    /// It is signed, but says nothing that we say.
+    Claims,
+    /// What it was got with is no longer good.
+    Revoked,
+}
+
+impl NotValid {
+    /// What audit records and metrics call it.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            NotValid::Foreign => "TOKEN_FOREIGN",
+            NotValid::Signature => "TOKEN_SIGNATURE",
+            NotValid::Issuer => "TOKEN_ISSUER",
+            NotValid::Audience => "TOKEN_AUDIENCE",
+            NotValid::Expired => "TOKEN_EXPIRED",
+            NotValid::Times => "TOKEN_TIMES",
+            NotValid::Claims => "TOKEN_CLAIMS",
+            NotValid::Revoked => "TOKEN_REVOKED",
+        }
+    }
+
+    /// Why a signed token is none of ours.
+    fn of(error: &jsonwebtoken::errors::Error) -> NotValid {
+        match error.kind() {
+            ErrorKind::InvalidSignature => NotValid::Signature,
+            ErrorKind::InvalidIssuer => NotValid::Issuer,
+            ErrorKind::InvalidAudience => NotValid::Audience,
+            ErrorKind::MissingRequiredClaim(_) | ErrorKind::Json(_) => NotValid::Claims,
+            // No token: parts, base64, a header that only begins as ours.
+            _ => NotValid::Foreign,
+        }
+    }
+}
 
 /// The public key, as `GET /identity/keys` shows it.
 #[derive(Debug, Serialize)]
@@ -114,11 +160,11 @@ impl Issuer {
     /// [`NotValid`].
     pub fn verify(&self, token: &str) -> Result<Bearer, NotValid> {
         if token.len() > MAX_TOKEN || token.split('.').next() != Some(self.header.as_str()) {
-            return Err(NotValid);
+            return Err(NotValid::Foreign);
         }
         let (key, validation) = &self.check;
-        let claims =
-            jsonwebtoken::decode::<Claims>(token, key, validation).map_err(|_| NotValid)?.claims;
+        let decoded = jsonwebtoken::decode::<Claims>(token, key, validation);
+        let claims = decoded.map_err(|error| NotValid::of(&error))?.claims;
         self.check_times(&claims)?;
         bearer(&claims)
     }
@@ -136,14 +182,14 @@ impl Issuer {
 
     fn check_times(&self, claims: &Claims) -> Result<(), NotValid> {
         let now = seconds(self.clock.wall());
-        let latest = now.saturating_add(LEEWAY_SECONDS);
+        let latest = now.saturating_add(MAX_SKEW_SECONDS);
         let expired = claims.exp.saturating_add(LEEWAY_SECONDS) <= now;
         // No token of ours lives longer than the lifetime, so one that claims to was not meant for this server.
         let too_long = claims.exp.saturating_sub(claims.iat) > self.lifetime.as_secs();
-        if expired || claims.iat > latest || claims.nbf > latest || too_long {
-            return Err(NotValid);
+        if claims.iat > latest || claims.nbf > latest || too_long {
+            return Err(NotValid::Times);
         }
-        Ok(())
+        if expired { Err(NotValid::Expired) } else { Ok(()) }
     }
 }
 
@@ -260,7 +306,7 @@ fn bearer(claims: &Claims) -> Result<Bearer, NotValid> {
             Ok(Bearer::ServiceId { service_id, secret: ApiKeySecret { api_key, generation } })
         }
         (None, Some(profile), None) => Ok(Bearer::Profile(profile)),
-        _ => Err(NotValid),
+        _ => Err(NotValid::Claims),
     }
 }
 

@@ -11,6 +11,7 @@ use crate::ops::Error;
 use crate::store::Store;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex as Short, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
@@ -22,15 +23,25 @@ const LARGEST_BLOCK: u64 = 1 << 20;
 const WARNING: u64 = 1 << 31;
 /// No use is granted beyond.
 pub const LIMIT: u64 = 1 << 32;
+/// How long somebody who can do without waits for the database.
+const PATIENCE: Duration = Duration::from_millis(200);
 /// What a restore adds to each version: three days of 1,000 wraps a second since the backup.
 pub const RESTORE_MARGIN: u64 = 1 << 28;
 
 /// What this server has reserved and not used yet.
 #[derive(Debug, Default)]
-pub struct Uses(Short<HashMap<Uuid, Arc<Mutex<Version>>>>);
+pub struct Uses(Short<HashMap<Uuid, Arc<Version>>>);
+
+#[derive(Debug, Default)]
+struct Version {
+    at_hand: Short<AtHand>,
+    /// Held while a block is reserved: a second reservation for those who wait would waste one. Other versions do not
+    /// wait for it, nor does whoever takes what is at hand.
+    reserving: Mutex<()>,
+}
 
 #[derive(Debug)]
-struct Version {
+struct AtHand {
     left: u64,
     next_block: u64,
     /// There is nothing left for anybody. It does not come back, so nobody asks again.
@@ -43,15 +54,38 @@ impl Uses {
     /// # Errors
     /// `UsedUp` when all were taken; those of the database.
     pub async fn take(&self, store: &dyn Store, version: Uuid) -> Result<(), Error> {
-        let uses = self.versions().entry(version).or_default().clone();
-        // Held while a block is reserved: a second reservation for those who wait would waste one. Other versions do not
-        // wait for it.
-        let mut uses = uses.lock().await;
-        if uses.left == 0 {
+        let uses = self.of(version);
+        if uses.take()? {
+            return Ok(());
+        }
+        let _turn = uses.reserving.lock().await;
+        while !uses.take()? {
             uses.reserve(store, version).await?;
         }
-        uses.left -= 1;
         Ok(())
+    }
+
+    /// Whether a use of `version` can be taken without the database.
+    pub fn are_at_hand(&self, version: Uuid) -> bool {
+        self.of(version).at_hand().left > 0
+    }
+
+    /// Sees to it that uses of `version` are at hand, and waits for that a moment at most. The database is asked all the
+    /// same, for whoever comes later, but once at a time: the others do not wait at all.
+    pub async fn provide(&self, store: &Arc<dyn Store>, version: Uuid) {
+        let (uses, store) = (self.of(version), store.clone());
+        if uses.at_hand().left > 0 {
+            return;
+        }
+        let reserve = tokio::spawn(async move {
+            let Ok(_turn) = uses.reserving.try_lock() else { return };
+            if uses.at_hand().left == 0
+                && let Err(error) = uses.reserve(&*store, version).await
+            {
+                tracing::debug!("No uses of CRK version {version} are reserved: {error}");
+            }
+        });
+        let _ = tokio::time::timeout(PATIENCE, reserve).await;
     }
 
     /// Gives back what is left, at the end of a server. Whoever still takes one reserves it anew.
@@ -59,7 +93,8 @@ impl Uses {
         let versions = std::mem::take(&mut *self.versions());
         let mut left = Vec::with_capacity(versions.len());
         for (version, uses) in versions {
-            left.push((version, std::mem::take(&mut uses.lock().await.left)));
+            let _turn = uses.reserving.lock().await;
+            left.push((version, std::mem::take(&mut uses.at_hand().left)));
         }
         left.retain(|(_, left)| *left > 0);
         if let Err(error) = store.return_gcm_uses(&left).await {
@@ -67,26 +102,45 @@ impl Uses {
         }
     }
 
-    fn versions(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Mutex<Version>>>> {
+    fn of(&self, version: Uuid) -> Arc<Version> {
+        self.versions().entry(version).or_default().clone()
+    }
+
+    fn versions(&self) -> MutexGuard<'_, HashMap<Uuid, Arc<Version>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Default for Version {
+impl Default for AtHand {
     fn default() -> Self {
         Self { left: 0, next_block: FIRST_BLOCK, used_up: false }
     }
 }
 
 impl Version {
-    /// At least one, or an error.
-    async fn reserve(&mut self, store: &dyn Store, version: Uuid) -> Result<(), Error> {
-        if self.used_up {
+    /// Takes one, if one is at hand.
+    fn take(&self) -> Result<bool, Error> {
+        let mut at_hand = self.at_hand();
+        if at_hand.left == 0 && at_hand.used_up {
             return Err(Error::UsedUp);
         }
-        let reserved = store.reserve_gcm_uses(version, self.next_block, LIMIT).await?;
+        let some = at_hand.left > 0;
+        at_hand.left = at_hand.left.saturating_sub(1);
+        Ok(some)
+    }
+
+    /// At least one, or an error. Only in turn.
+    async fn reserve(&self, store: &dyn Store, version: Uuid) -> Result<(), Error> {
+        let next_block = {
+            let at_hand = self.at_hand();
+            if at_hand.used_up {
+                return Err(Error::UsedUp);
+            }
+            at_hand.next_block
+        };
+        let reserved = store.reserve_gcm_uses(version, next_block, LIMIT).await?;
         if reserved.granted == 0 {
-            self.used_up = true;
+            self.at_hand().used_up = true;
             return Err(Error::UsedUp);
         }
         if reserved.total > WARNING {
@@ -95,8 +149,13 @@ impl Version {
                 "CRK version {version} has used up {percent} % of its uses: rotate its key"
             );
         }
-        self.left = reserved.granted;
-        self.next_block = (self.next_block * 2).min(LARGEST_BLOCK);
+        let mut at_hand = self.at_hand();
+        at_hand.left += reserved.granted;
+        at_hand.next_block = (next_block * 2).min(LARGEST_BLOCK);
         Ok(())
+    }
+
+    fn at_hand(&self) -> MutexGuard<'_, AtHand> {
+        self.at_hand.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -147,13 +147,12 @@ fn service_remedy(error: &client::Error) -> Option<&'static str> {
              administrator run `kmsctl api-keys create`.",
         ),
         client::Error::Iam { code, .. } if code == "BXNIM0407E" => Some(
-            "The token is for another audience, of another issuer or service account than the profile trusts, has \
-             ended, or there is no such profile (`kmsctl profiles list`).",
+            "The token is for another audience or of an issuer that is not trusted, or it has ended.",
         ),
         client::Error::Iam { status: 403, .. }
         | client::Error::Refused { status: 401 | 403, .. } => Some(
-            "The API key is good but its service ID may not do this: check its role and its instance \
-             (`kmsctl service-ids list`).",
+            "You are known but may not do this: check the role and the instance (`kmsctl service-ids list`), and where \
+             you log in with another issuer's token, that the profile trusts its subject (`kmsctl profiles list`).",
         ),
         client::Error::Refused { status: 404, .. } => {
             Some("List what there is with `kmsctl keys list`, and check --instance.")

@@ -6,6 +6,7 @@
 //! API keys are named by their ids.
 
 pub mod anchors;
+mod log;
 pub mod node;
 mod past;
 mod sink;
@@ -13,8 +14,9 @@ mod sink;
 use kms_core::audit::Link;
 use kms_core::audit::anchor::Anchor;
 use kms_core::clock::Clock;
+use log::Entry;
 use prometheus_client::metrics::histogram::Histogram;
-use sink::{Entry, Sink};
+use sink::Sink;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,14 +24,15 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// A disk that takes longer than this for one record counts as lost.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// A disk that takes longer than this for one record counts as lost, unless the configuration says otherwise. The caller
+/// hears of it within a second.
+pub const DEADLINE: Duration = Duration::from_millis(800);
 
 /// What happened. Never holds key material, tokens or API keys: they are named by their ids.
 #[derive(Debug, Clone)]
 pub struct Record {
     /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`, `renew_key`, and what the log says of itself:
-    /// `audit_recovered`, `audit_resumed`, `audit_file_missing`, `audit_file_removed`.
+    /// `audit_recovered`, `audit_resumed`, `audit_file_missing`, `audit_file_removed`, `audit_past_missing`.
     pub action: &'static str,
     pub outcome: Outcome,
     /// `iam-ServiceId-<uuid>`.
@@ -39,11 +42,17 @@ pub struct Record {
     /// What the action was done to: a key; for management, the service ID, API key or instance.
     pub target: Option<Uuid>,
     pub version: Option<Uuid>,
+    /// The version that an unwrapped DEK was wrapped with again: one more use of a key.
+    pub rewrapped: Option<Uuid>,
+    /// Whose policy, API key or profile `target` is.
+    pub service_id: Option<Uuid>,
+    /// What it lets them do, or whom it trusts.
+    pub grant: Option<String>,
     /// What the caller sent as `Correlation-Id`.
     pub correlation: Option<String>,
     /// The other end of the connection; `None` for what the log says of itself and for what is done on the host.
     pub peer: Option<SocketAddr>,
-    /// So many times, where one record stands for several: refused logins.
+    /// So many times, where one record stands for several: refused logins, tokens and requests.
     pub count: Option<u64>,
 }
 
@@ -58,6 +67,9 @@ impl Record {
             instance: None,
             target: None,
             version: None,
+            rewrapped: None,
+            service_id: None,
+            grant: None,
             correlation: None,
             peer: None,
             count: None,
@@ -69,6 +81,9 @@ impl Record {
 pub enum Outcome {
     Begun,
     Done,
+    /// The same record, with another outcome, became durable too late: the caller was told that it could not be done, or
+    /// had gone.
+    Unanswered,
     /// The reason code of the refusal.
     Refused(&'static str),
 }
@@ -82,6 +97,8 @@ pub struct Lag {
     pub oldest: Duration,
     /// Durable records that no anchor covers yet.
     pub unanchored: u64,
+    /// How often a file of the chain, or the beginning of one, was not where it was left, since this process began.
+    pub losses: u64,
 }
 
 /// The log of this server. One process at a time writes to a file.
@@ -89,6 +106,7 @@ pub struct Lag {
 pub struct Audit {
     sink: Sink,
     clock: Arc<dyn Clock>,
+    deadline: Duration,
     told: Mutex<Told>,
     last: Option<OffsetDateTime>,
 }
@@ -123,10 +141,16 @@ impl Audit {
         known: Option<Link>,
         clock: Arc<dyn Clock>,
     ) -> Result<Audit, AuditError> {
-        let last = sink::last_time(path);
+        let last = log::last_time(path);
         let sink = Sink::open(path, node, known, clock.clone())?;
         let told = Mutex::new(Told { kept: known, tried: None });
-        Ok(Audit { sink, clock, told, last })
+        Ok(Audit { sink, clock, deadline: DEADLINE, told, last })
+    }
+
+    /// The same log, whose disk has `deadline` for each record.
+    #[must_use]
+    pub fn within(self, deadline: Duration) -> Audit {
+        Audit { deadline, ..self }
     }
 
     /// Where it is; what belongs to it lies beside it.
@@ -138,7 +162,9 @@ impl Audit {
     /// Returns when `record` is on disk.
     ///
     /// # Errors
-    /// When it cannot be written, or not in time: the caller must not answer then. The next record is tried anew.
+    /// When it cannot be written, or not in time: the caller must not answer then. The next record is tried anew, but is
+    /// refused at once while the disk has not come back to whoever was too late. Where such a record becomes durable after
+    /// all, one more says that nobody was answered ([`Outcome::Unanswered`]).
     pub async fn record(&self, record: Record) -> Result<(), AuditError> {
         self.write(Entry::Record(record)).await.map(drop)
     }
@@ -148,15 +174,20 @@ impl Audit {
     }
 
     async fn write(&self, entry: Entry) -> Result<Link, AuditError> {
-        let written = self.sink.submit(entry, OffsetDateTime::from(self.clock.wall()))?;
-        match tokio::time::timeout(PATIENCE, written).await {
-            Ok(Ok(outcome)) => outcome,
-            // The writer has ended without an answer, or does not come back from the disk.
-            Ok(Err(_)) | Err(_) => {
-                self.sink.note_failure();
-                Err(AuditError::TimedOut { path: self.sink.path().to_owned() })
+        let mut written = self.sink.submit(entry, OffsetDateTime::from(self.clock.wall()))?;
+        let in_time = match tokio::time::timeout(self.deadline, &mut written).await {
+            // Without one where the writer has ended.
+            Ok(outcome) => outcome.ok(),
+            Err(_) => {
+                // From here on the writer knows that nobody waits. What it has said until now counts.
+                written.close();
+                written.try_recv().ok()
             }
-        }
+        };
+        in_time.unwrap_or_else(|| {
+            self.sink.give_up();
+            Err(AuditError::TimedOut { path: self.sink.path().to_owned() })
+        })
     }
 
     /// Whether records can be written: the last one was, or one that says that the log goes on is written now.
@@ -229,5 +260,7 @@ pub enum AuditError {
     TimedOut { path: PathBuf },
 }
 
+#[cfg(test)]
+mod disk_tests;
 #[cfg(test)]
 mod tests;

@@ -70,11 +70,19 @@ pub(super) async fn perform(
             ops::enable_key::enable_key(app, call, key(asked)?).await?;
             Ok(Answer::empty(StatusCode::NO_CONTENT))
         }
-        Action::DeleteKey => delete(app, call, key(asked)?, representation).await,
+        Action::DeleteKey => {
+            let key = ops::delete_key::delete_key(app, call, key(asked)?).await?;
+            Ok(gone(app, &key, representation))
+        }
+        Action::PurgeKey => {
+            let key = ops::purge_key::purge_key(app, call, key(asked)?).await?;
+            Ok(gone(app, &key, representation))
+        }
         Action::ListInstances
         | Action::CreateInstance
         | Action::ListServiceIds
         | Action::CreateServiceId
+        | Action::DeleteServiceId
         | Action::ListPolicies
         | Action::CreatePolicy
         | Action::DeletePolicy
@@ -172,17 +180,13 @@ async fn rotate(app: &App, call: &Call, key: Uuid, body: &Body) -> Result<Answer
     Ok(Answer::empty(StatusCode::NO_CONTENT))
 }
 
-async fn delete(
-    app: &App,
-    call: &Call,
-    key: Uuid,
-    representation: bool,
-) -> Result<Answer, Problem> {
-    let key = ops::delete_key::delete_key(app, call, key).await?;
+/// With the key as it is, or as it was.
+fn gone(app: &App, key: &Key, representation: bool) -> Answer {
     if representation {
-        return Ok(one(app, StatusCode::OK, &key));
+        one(app, StatusCode::OK, key)
+    } else {
+        Answer::empty(StatusCode::NO_CONTENT)
     }
-    Ok(Answer::empty(StatusCode::NO_CONTENT))
 }
 
 /// The body of create and import. Names are in lower case here because `Body::json` reads them so.
@@ -317,8 +321,10 @@ fn one(app: &App, status: StatusCode, key: &Key) -> Answer {
 }
 
 fn resource(app: &App, key: &Key) -> KeyResource {
-    let state = key.state(app.now());
+    let now = app.now();
+    let state = key.state(now);
     let destroyed = state == KeyState::Destroyed;
+    let ripe_at = key.deleted_at.map(|at| at + app.settings.min_purge_wait);
     let bits = if key.imported { None } else { Some(256) };
     KeyResource {
         kind: Some(KEY_TYPE.into()),
@@ -347,6 +353,8 @@ fn resource(app: &App, key: &Key) -> KeyResource {
         deleted: destroyed.then_some(true),
         deletion_date: key.deleted_at.map(rfc3339),
         deleted_by: key.deleted_by.clone(),
+        purge_allowed: ripe_at.map(|at| at <= now),
+        purge_allowed_from: ripe_at.map(rfc3339),
         ..KeyResource::default()
     }
 }

@@ -54,6 +54,11 @@ pub(super) async fn perform(
             let made = service_ids::create_service_id(app, call, grant_of(new)?).await?;
             Ok(Answer::json(StatusCode::CREATED, JSON, &service_id(&made)))
         }
+        Action::DeleteServiceId => {
+            let id = named(asked, "ServiceId-", "service ID")?;
+            service_ids::delete_service_id(app, call, id).await?;
+            Ok(Answer::empty(StatusCode::NO_CONTENT))
+        }
         Action::ListPolicies => {
             let all = policies::list_policies(app, call).await?;
             let policies = all.iter().map(policy).collect();

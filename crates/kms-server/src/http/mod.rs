@@ -12,7 +12,8 @@ mod query;
 mod tokens;
 
 use crate::app::App;
-use crate::ops::{self, Call, Origin};
+use crate::limits::Whose;
+use crate::ops::{self, Call, Origin, refused};
 use crate::policy::{Action, Scope};
 use auth::Names;
 use body::Body;
@@ -52,6 +53,7 @@ pub const KEY_ROUTES: &[Route] = &[
     route("POST", "/keys", Action::CreateKey),
     route("GET", "/keys/{id}", Action::ReadKey),
     route("DELETE", "/keys/{id}", Action::DeleteKey),
+    route("DELETE", "/keys/{id}/purge", Action::PurgeKey),
     route("GET", "/keys/{id}/metadata", Action::ReadMetadata),
     route("GET", "/keys/{id}/versions", Action::ListVersions),
     route("POST", "/keys/{id}/actions/wrap", Action::Wrap),
@@ -72,6 +74,7 @@ pub const MANAGEMENT_ROUTES: &[Route] = &[
     route("POST", "/v1/instances", Action::CreateInstance),
     route("GET", "/v1/serviceids", Action::ListServiceIds),
     route("POST", "/v1/serviceids", Action::CreateServiceId),
+    route("DELETE", "/v1/serviceids/{id}", Action::DeleteServiceId),
     route("GET", "/v1/policies", Action::ListPolicies),
     route("POST", "/v1/policies", Action::CreatePolicy),
     route("DELETE", "/v1/policies/{id}", Action::DeletePolicy),
@@ -195,9 +198,10 @@ async fn key_call(
     asked: &Asked<'_>,
     origin: Origin,
 ) -> Result<Answer, Problem> {
-    let caller = auth::caller(app, &request.headers).await?;
-    let instance = auth::instance(&request.headers)?;
-    let call = Call { caller, scope: Scope::Instance(instance), origin };
+    let caller = auth::caller(app, &request.headers, &origin).await?;
+    // Whoever names none stands before the door of none: refused, and on record.
+    let scope = Scope::of(auth::instance(&request.headers));
+    let call = Call { caller, scope, origin };
     let result = in_instance(app, &call, request, asked).await;
     settle(app, &call, asked, result).await
 }
@@ -208,9 +212,12 @@ async fn in_instance(
     request: Said,
     asked: &Asked<'_>,
 ) -> Result<Answer, Problem> {
+    // Before the door, and so whatever the instance that is named.
+    app.limits.spend(Whose::caller(&call.caller))?;
     ops::enter_instance(app, call).await?;
-    // Behind the door: nobody can use up what is another instance's.
-    call.scope.instance().map_or(Ok(()), |instance| app.limits.spend(instance))?;
+    // Behind it: nobody can use up what is another instance's.
+    let instance = call.scope.instance().map(Whose::Instance);
+    instance.map_or(Ok(()), |instance| app.limits.spend(instance))?;
     auth::key_ring(&request.headers)?;
     let prefer = auth::prefers_representation(&request.headers);
     keys::perform(app, call, asked, &request.body?, prefer).await
@@ -222,13 +229,20 @@ async fn management_call(
     asked: &Asked<'_>,
     origin: Origin,
 ) -> Result<Answer, Problem> {
-    let caller = auth::caller(app, &request.headers).await?;
+    let caller = auth::caller(app, &request.headers, &origin).await?;
     let call = Call { caller, scope: Scope::Everywhere, origin };
-    let result = match request.body {
-        Ok(body) => manage::perform(app, &call, asked, &body).await,
-        Err(problem) => Err(problem),
-    };
+    let result = manage(app, &call, request, asked).await;
     settle(app, &call, asked, result).await
+}
+
+async fn manage(
+    app: &App,
+    call: &Call,
+    request: Said,
+    asked: &Asked<'_>,
+) -> Result<Answer, Problem> {
+    app.limits.spend(Whose::management(&call.caller))?;
+    manage::perform(app, call, asked, &request.body?).await
 }
 
 /// A refusal to somebody who is known is a use, too: it is recorded before it is answered.
@@ -239,12 +253,16 @@ async fn settle(
     result: Result<Answer, Problem>,
 ) -> Result<Answer, Problem> {
     let problem = match &result {
+        Ok(_) => return result,
         // A flood must not become one of the audit log.
-        Ok(_) | Err(Problem::TooMuch(_)) => return result,
+        Err(Problem::TooMuch(_)) => {
+            refused::too_often(app, &call.caller, asked.action.name(), &call.origin);
+            return result;
+        }
         Err(problem) => problem,
     };
     let target = asked.id.and_then(auth::uuid);
-    ops::record_refusal(app, call, asked.action, target, problem.code()).await?;
+    refused::known(app, call, asked.action, target, problem.code()).await?;
     result
 }
 

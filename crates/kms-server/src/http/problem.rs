@@ -4,9 +4,10 @@
 //! What the operator must act on is told to the operator's log; the caller hears only that it is not their fault.
 
 use super::Answer;
-use crate::limits::TooMuch;
+use crate::limits::{TOO_OFTEN, TooMuch};
 use crate::ops::Error;
 use crate::policy::Action;
+use crate::token::NotValid;
 use http::header::{HeaderValue, RETRY_AFTER};
 use http::{HeaderMap, StatusCode};
 use kms_api::rest::{
@@ -32,7 +33,7 @@ pub(super) enum Problem {
     #[error("a bearer token is required")]
     NoToken,
     #[error("the token is not valid, has expired, or its API key was revoked")]
-    BadToken,
+    BadToken(NotValid),
     #[error("the request body is larger than 64 KiB")]
     TooLarge,
     #[error("the request body ended too early")]
@@ -52,7 +53,16 @@ pub(super) enum Problem {
     #[error(transparent)]
     TooMuch(#[from] TooMuch),
     #[error(transparent)]
-    Op(#[from] Error),
+    Op(Error),
+}
+
+impl From<Error> for Problem {
+    fn from(error: Error) -> Problem {
+        match error {
+            Error::TooMuch(why) => Problem::TooMuch(why),
+            other => Problem::Op(other),
+        }
+    }
 }
 
 /// How the peer reads errors.
@@ -103,7 +113,9 @@ impl Problem {
             Problem::NoSuchPath => (StatusCode::NOT_FOUND, "NOT_FOUND"),
             Problem::NotBuilt => (StatusCode::NOT_IMPLEMENTED, "NOT_IMPLEMENTED"),
             Problem::WrongMethod => (StatusCode::METHOD_NOT_ALLOWED, "METHOD_NOT_ALLOWED"),
-            Problem::NoToken | Problem::BadToken => (StatusCode::UNAUTHORIZED, "UNAUTHORIZED_ERR"),
+            Problem::NoToken | Problem::BadToken(_) => {
+                (StatusCode::UNAUTHORIZED, "UNAUTHORIZED_ERR")
+            }
             Problem::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "BAD_BODY_ERR"),
             Problem::Slow => (StatusCode::REQUEST_TIMEOUT, "BAD_BODY_ERR"),
             Problem::Cut | Problem::BadBody(_) => (StatusCode::BAD_REQUEST, "BAD_BODY_ERR"),
@@ -111,10 +123,7 @@ impl Problem {
             Problem::MissingProperty(_) | Problem::UnknownGrant => {
                 (StatusCode::BAD_REQUEST, "INVALID_FIELD_ERR")
             }
-            Problem::TooMuch(TooMuch::Rate) => {
-                (StatusCode::TOO_MANY_REQUESTS, "TOO_MANY_REQUESTS_ERR")
-            }
-            Problem::TooMuch(_) => (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED_ERR"),
+            Problem::TooMuch(why) => too_much(*why),
             Problem::Op(error) => operation(error),
         }
     }
@@ -135,7 +144,7 @@ impl Problem {
             _ if status == StatusCode::SERVICE_UNAVAILABLE => plain(format!(
                 "Unavailable: Experiencing delays. Please try again in few minutes. ({code})"
             )),
-            Problem::NoToken | Problem::BadToken => plain(format!("{name}: {self}")),
+            Problem::NoToken | Problem::BadToken(_) => plain(format!("{name}: {self}")),
             // One of IBM's clients shows this text only, so it must say what is missing.
             _ if status == StatusCode::NOT_IMPLEMENTED => Refusal {
                 error_msg: format!("{name}: {self} ({code})"),
@@ -170,7 +179,8 @@ impl Problem {
 
     /// The two services disagree about one status: somebody known who has no right.
     fn iam_status(&self, status: StatusCode) -> StatusCode {
-        if matches!(self, Problem::Op(Error::Denied(_))) { StatusCode::FORBIDDEN } else { status }
+        let known = matches!(self, Problem::Op(Error::Denied(_) | Error::NoProfile));
+        if known { StatusCode::FORBIDDEN } else { status }
     }
 
     fn iam(&self, code: &'static str) -> TokenError {
@@ -180,10 +190,10 @@ impl Problem {
             }
             Problem::MissingProperty(_) => ("BXNIM0109E", "Property missing or empty."),
             Problem::NoToken => ("BXNIM0308E", "No authorization header was found."),
-            Problem::BadToken | Problem::Op(Error::NotTrusted) => {
+            Problem::BadToken(_) | Problem::Op(Error::NotTrusted) => {
                 ("BXNIM0407E", "Provided token is invalid.")
             }
-            Problem::Op(Error::Denied(_)) => {
+            Problem::Op(Error::Denied(_) | Error::NoProfile) => {
                 ("BXNIM0513E", "You are not authorized to use this API.")
             }
             Problem::WrongMethod => ("BXNIM0060E", "Method not allowed."),
@@ -219,6 +229,14 @@ impl Answer {
     }
 }
 
+fn too_much(why: TooMuch) -> (StatusCode, &'static str) {
+    if why.is_rate() {
+        (StatusCode::TOO_MANY_REQUESTS, TOO_OFTEN)
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "OVERLOADED_ERR")
+    }
+}
+
 fn operation(error: &Error) -> (StatusCode, &'static str) {
     match error {
         Error::Field { .. } => (StatusCode::BAD_REQUEST, "INVALID_FIELD_ERR"),
@@ -234,11 +252,14 @@ fn operation(error: &Error) -> (StatusCode, &'static str) {
         Error::KeyDeleted => (StatusCode::GONE, "KEY_DELETED_ERR"),
         Error::KeyState => (StatusCode::CONFLICT, "KEY_ACTION_INVALID_STATE_ERR"),
         Error::UsedUp => (StatusCode::CONFLICT, "KEY_VERSION_USED_UP_ERR"),
+        Error::PurgedTooSoon { .. } => (StatusCode::CONFLICT, "REQ_TOO_EARLY_ERR"),
         Error::RotatedTooSoon { .. } => (StatusCode::CONFLICT, "KEY_ROTATION_NOT_PERMITTED"),
         Error::NotFound(_) => (StatusCode::NOT_FOUND, "NOT_FOUND"),
         Error::Conflict(_) => (StatusCode::CONFLICT, "CONFLICT"),
+        Error::TooMuch(why) => too_much(*why),
         Error::UnknownApiKey => (StatusCode::BAD_REQUEST, "UNKNOWN_API_KEY"),
         Error::NotTrusted => (StatusCode::BAD_REQUEST, "UNTRUSTED_TOKEN"),
+        Error::NoProfile => (StatusCode::BAD_REQUEST, "NO_PROFILE"),
         Error::Vault(
             VaultError::Unavailable { .. }
             | VaultError::TimedOut
@@ -273,10 +294,12 @@ fn phrase(action: Action) -> &'static str {
         Action::DisableKey => "Key could not be disabled",
         Action::EnableKey => "Key could not be enabled",
         Action::DeleteKey => "Key could not be deleted",
+        Action::PurgeKey => "Key could not be purged",
         Action::ListInstances
         | Action::CreateInstance
         | Action::ListServiceIds
         | Action::CreateServiceId
+        | Action::DeleteServiceId
         | Action::ListPolicies
         | Action::CreatePolicy
         | Action::DeletePolicy
@@ -307,7 +330,7 @@ mod tests {
     use std::net::SocketAddr;
     use std::path::PathBuf;
     use std::sync::{Arc, Mutex};
-    use std::time::SystemTime;
+    use std::time::{Duration, SystemTime};
     use uuid::Uuid;
 
     fn said(problem: Problem, dialect: Dialect) -> (u16, serde_json::Value) {
@@ -438,11 +461,14 @@ mod tests {
             Error::KeyDeleted,
             Error::KeyState,
             Error::RotatedTooSoon { minimum: 60 },
+            Error::PurgedTooSoon { wait: Duration::from_secs(60) },
             Error::UsedUp,
             Error::NotFound("policy"),
             Error::Conflict("the name is taken".into()),
             Error::UnknownApiKey,
             Error::NotTrusted,
+            Error::NoProfile,
+            Error::TooMuch(TooMuch::ManagementRate),
             Error::IssuerAway(LoginError::Unavailable { issuer: text(), cause: text() }),
             Error::Store(StoreError::Corrupt(text())),
             Error::Store(StoreError::Unavailable(text())),
@@ -476,6 +502,9 @@ mod tests {
             Error::Store(_) => 18,
             Error::Audit(_) => 19,
             Error::IssuerAway(_) => 20,
+            Error::PurgedTooSoon { .. } => 21,
+            Error::TooMuch(_) => 22,
+            Error::NoProfile => 23,
         }
     }
 
@@ -523,6 +552,6 @@ mod tests {
                 assert!(said.contains(&id) && said.contains(&cause), "{cause} is not in: {said}");
             }
         });
-        assert_eq!(kinds, (0..=20).collect());
+        assert_eq!(kinds, (0..=23).collect());
     }
 }

@@ -4,8 +4,8 @@ use super::body::{self, Body};
 use super::problem::Problem;
 use super::{Answer, auth};
 use crate::app::App;
-use crate::ops::issue_token::{Login, ProfileName, issue_token, record_failure, trade_token};
-use crate::ops::{Error, Origin};
+use crate::ops::issue_token::{Login, ProfileName, issue_token, trade_token};
+use crate::ops::{Error, Origin, refused};
 use crate::token::Issued;
 use http::{Request, StatusCode};
 use hyper::body::Incoming;
@@ -29,7 +29,7 @@ async fn answer(app: &App, body: Body, origin: Origin) -> Result<Answer, Problem
         Ok(issued) => issued,
         Err(problem) => {
             if let Problem::Op(error) = &problem {
-                record_failure(app, error, problem.code(), origin).await?;
+                refused::login(app, error, problem.code(), origin).await?;
             }
             return Err(problem);
         }
@@ -72,18 +72,8 @@ impl Asked {
         match form.text("grant_type") {
             None => Err(Problem::MissingProperty("grant_type")),
             Some(API_KEY_GRANT) => Ok(Asked::ApiKey(form.required("apikey")?)),
-            Some(CR_TOKEN_GRANT) => {
-                let profile = form.profile()?;
-                if profile == ProfileName::default() {
-                    return Err(Problem::MissingProperty("profile_id or profile_name"));
-                }
-                let token = form.required("cr_token")?;
-                Ok(Asked::Login(Login { grant: CR_TOKEN_GRANT, token, profile }))
-            }
-            Some(JWT_BEARER_GRANT) => {
-                let (token, profile) = (form.required("assertion")?, form.profile()?);
-                Ok(Asked::Login(Login { grant: JWT_BEARER_GRANT, token, profile }))
-            }
+            Some(CR_TOKEN_GRANT) => form.login(CR_TOKEN_GRANT, "cr_token"),
+            Some(JWT_BEARER_GRANT) => form.login(JWT_BEARER_GRANT, "assertion"),
             Some(_) => Err(Problem::UnknownGrant),
         }
     }
@@ -124,6 +114,15 @@ impl Form {
 
     fn required(&self, name: &'static str) -> Result<SecretText, Problem> {
         self.find(name).cloned().ok_or(Problem::MissingProperty(name))
+    }
+
+    /// Whoever names no profile would depend on how many fit, and so on what the administrators of other instances make.
+    fn login(&self, grant: &'static str, member: &'static str) -> Result<Asked, Problem> {
+        let profile = self.profile()?;
+        if profile == ProfileName::default() {
+            return Err(Problem::MissingProperty("profile_id or profile_name"));
+        }
+        Ok(Asked::Login(Login { grant, token: self.required(member)?, profile }))
     }
 
     /// A profile that cannot be one gets the answer of one that does not exist.
@@ -170,8 +169,9 @@ mod tests {
         let form = format!("profile_name=node&cr_token=a.b.c&grant_type={CR_TOKEN_GRANT}&apikey=");
         let wanted = ProfileName { id: None, name: Some("node".into()) };
         assert_eq!(login(&form).unwrap(), ("a.b.c".to_owned(), wanted));
-        let form = format!("grant_type={JWT_BEARER_GRANT}&assertion=a.b.c");
-        assert_eq!(login(&form).unwrap(), ("a.b.c".to_owned(), ProfileName::default()));
+        let form = format!("grant_type={JWT_BEARER_GRANT}&assertion=a.b.c&profile_name=node");
+        let wanted = ProfileName { id: None, name: Some("node".into()) };
+        assert_eq!(login(&form).unwrap(), ("a.b.c".to_owned(), wanted));
     }
 
     #[test]
@@ -187,8 +187,12 @@ mod tests {
         assert!(matches!(api_key(password), Err(Problem::UnknownGrant)));
         let grant = format!("grant_type={CR_TOKEN_GRANT}&profile_name=node");
         assert!(matches!(login(&grant), Err(Problem::MissingProperty("cr_token"))));
-        let nobody = format!("grant_type={CR_TOKEN_GRANT}&cr_token=a.b.c");
-        assert!(matches!(login(&nobody), Err(Problem::MissingProperty(_))));
+        for nobody in [
+            format!("grant_type={CR_TOKEN_GRANT}&cr_token=a.b.c"),
+            format!("grant_type={JWT_BEARER_GRANT}&assertion=a.b.c&profile_id="),
+        ] {
+            assert!(matches!(login(&nobody), Err(Problem::MissingProperty(_))));
+        }
         let no_id = format!("{grant}&cr_token=a.b.c&profile_id=me");
         assert!(matches!(login(&no_id), Err(Problem::Op(Error::NotTrusted))));
     }

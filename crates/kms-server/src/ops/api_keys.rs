@@ -44,9 +44,10 @@ pub async fn create_api_key(
     let text = random_api_key(&*app.vault).await?;
     let id = random_uuid(&*app.vault).await?;
     let key = ApiKey::new(id, owner.id, name, app.now());
-    announce(app, call, Action::CreateApiKey, Subject::of(id)).await?;
+    let subject = of(&key);
+    announce(app, call, Action::CreateApiKey, subject.clone()).await?;
     app.store.add_api_key(&key, &hash(&text)).await?;
-    record(app, call, Action::CreateApiKey, Subject::of(id)).await?;
+    record(app, call, Action::CreateApiKey, subject).await?;
     Ok((key, text))
 }
 
@@ -56,11 +57,11 @@ pub async fn create_api_key(
 /// `Denied`, `NotFound`, `Conflict` when it is locked already, and those of database and audit log.
 pub async fn lock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
     let key = managed_key(app, call, Action::LockApiKey, id).await?;
-    announce(app, call, Action::LockApiKey, Subject::of(id)).await?;
+    announce(app, call, Action::LockApiKey, of(&key)).await?;
     if !app.store.lock_api_key(key.id, Some(app.now())).await? {
         return Err(Error::Conflict("the API key is locked already".into()));
     }
-    record(app, call, Action::LockApiKey, Subject::of(id)).await
+    record(app, call, Action::LockApiKey, of(&key)).await
 }
 
 /// Makes a locked API key good again, with those of its tokens that have not expired.
@@ -69,11 +70,11 @@ pub async fn lock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error>
 /// `Denied`, `NotFound`, `Conflict` when it is not locked, and those of database and audit log.
 pub async fn unlock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
     let key = managed_key(app, call, Action::UnlockApiKey, id).await?;
-    announce(app, call, Action::UnlockApiKey, Subject::of(id)).await?;
+    announce(app, call, Action::UnlockApiKey, of(&key)).await?;
     if !app.store.lock_api_key(key.id, None).await? {
         return Err(Error::Conflict("the API key is not locked".into()));
     }
-    record(app, call, Action::UnlockApiKey, Subject::of(id)).await
+    record(app, call, Action::UnlockApiKey, of(&key)).await
 }
 
 /// A new secret under the same id. The one before, with all tokens that it got, ends when `overlap` is over, and those
@@ -92,11 +93,11 @@ pub async fn rotate_api_key(
     let (text, at) = (random_api_key(&*app.vault).await?, app.now());
     let old_until = (!overlap.is_zero()).then(|| at + overlap);
     let new = NewSecret { hash: hash(&text), at, old_until };
-    announce(app, call, Action::RotateApiKey, Subject::of(id)).await?;
+    announce(app, call, Action::RotateApiKey, of(&key)).await?;
     if !app.store.rotate_api_key(id, &new).await? {
         return Err(Error::NotFound("API key"));
     }
-    record(app, call, Action::RotateApiKey, Subject::of(id)).await?;
+    record(app, call, Action::RotateApiKey, of(&key)).await?;
     Ok((ApiKey { rotated_at: Some(at), ..key }, text))
 }
 
@@ -105,12 +106,12 @@ pub async fn rotate_api_key(
 /// # Errors
 /// `Denied`, `NotFound`, and those of database and audit log.
 pub async fn revoke_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
-    managed_key(app, call, Action::DeleteApiKey, id).await?;
-    announce(app, call, Action::DeleteApiKey, Subject::of(id)).await?;
+    let key = managed_key(app, call, Action::DeleteApiKey, id).await?;
+    announce(app, call, Action::DeleteApiKey, of(&key)).await?;
     if !app.store.revoke_api_key(id, app.now()).await? {
         return Err(Error::NotFound("API key"));
     }
-    record(app, call, Action::DeleteApiKey, Subject::of(id)).await
+    record(app, call, Action::DeleteApiKey, of(&key)).await
 }
 
 /// The text of a new API key.
@@ -120,6 +121,10 @@ pub async fn revoke_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Erro
 pub async fn random_api_key(vault: &dyn Vault) -> Result<SecretText, VaultError> {
     let random = vault.random(LENGTH).await?;
     Ok(SecretText::new(BASE64URL.encode(random.as_slice())))
+}
+
+fn of(key: &ApiKey) -> Subject {
+    Subject::of_service_id(key.service_id, key.id)
 }
 
 /// The API key `id`, if the caller may do `action` with it.

@@ -48,7 +48,8 @@ pub(super) async fn begin(
         created_by: call.caller.iam_id(),
         version: random_uuid(&*app.vault).await?,
     };
-    let subject = Subject { target: Some(new.id), version: Some(new.version) };
+    let subject =
+        Subject { target: Some(new.id), version: Some(new.version), ..Subject::default() };
     announce(app, call, action, subject).await?;
     app.store.begin_key(&new).await?;
     Ok(Key {
@@ -65,6 +66,7 @@ pub(super) async fn begin(
         rotated_at: None,
         deleted_at: None,
         deleted_by: None,
+        purge_begun_at: None,
         version: Version { id: new.version, created_at: new.created_at },
     })
 }

@@ -14,6 +14,8 @@ pub mod issue_token;
 pub mod list_keys;
 pub mod policies;
 pub mod profiles;
+pub mod purge_key;
+pub mod refused;
 pub mod rotate_key;
 pub mod service_ids;
 pub mod unwrap;
@@ -22,10 +24,13 @@ pub mod wrap;
 use crate::app::App;
 use crate::audit::{AuditError, Outcome, Record};
 use crate::issuers::LoginError;
+use crate::limits::TooMuch;
 use crate::policy::{self, Action, Caller, Denied, Scope};
 use crate::store::{Key, KeyState, StoreError};
 use kms_hsm::VaultError;
+use std::fmt::Display;
 use std::net::SocketAddr;
+use std::time::Duration;
 use uuid::Uuid;
 
 /// A call by somebody whose token was good, before it is known what they may do.
@@ -100,6 +105,8 @@ pub enum Error {
     KeyState,
     #[error("the key was rotated less than {minimum} s ago")]
     RotatedTooSoon { minimum: u64 },
+    #[error("the key may be purged {} s after it was destroyed", wait.as_secs())]
+    PurgedTooSoon { wait: Duration },
     #[error("the active version of this key was used as often as is safe: rotate the key")]
     UsedUp,
     #[error("{0} does not exist")]
@@ -110,6 +117,12 @@ pub enum Error {
     UnknownApiKey,
     #[error("{}", LoginError::NotTrusted)]
     NotTrusted,
+    /// Only who holds a genuine token is told.
+    #[error("no profile of that name trusts the subject of this token")]
+    NoProfile,
+    // The caller waits a moment.
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
     // The operator looks at the HSM, the database or the audit log.
     #[error("HSM: {0}")]
     Vault(VaultError),
@@ -161,19 +174,33 @@ pub async fn enter_instance(app: &App, call: &Call) -> Result<(), Error> {
 }
 
 /// What a record names besides the caller.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug, Default, Clone)]
 struct Subject {
     target: Option<Uuid>,
     version: Option<Uuid>,
+    /// The version that an unwrapped DEK was wrapped with again.
+    rewrapped: Option<Uuid>,
+    service_id: Option<Uuid>,
+    grant: Option<String>,
 }
 
 impl Subject {
     fn of(target: Uuid) -> Subject {
-        Subject { target: Some(target), version: None }
+        Subject { target: Some(target), ..Subject::default() }
+    }
+
+    /// Something of a service ID. It is named, because a deleted one is nowhere else.
+    fn of_service_id(service_id: Uuid, target: Uuid) -> Subject {
+        Subject { service_id: Some(service_id), ..Subject::of(target) }
+    }
+
+    fn granting(self, grant: impl Display) -> Subject {
+        Subject { grant: Some(grant.to_string()), ..self }
     }
 
     fn key(key: &Key) -> Subject {
-        Subject { target: Some(key.id), version: Some(key.version.id) }
+        let version = Some(key.version.id);
+        Subject { target: Some(key.id), version, ..Subject::default() }
     }
 }
 
@@ -191,21 +218,6 @@ async fn announce(app: &App, call: &Call, action: Action, subject: Subject) -> R
     write(app, call, action, subject, Outcome::Begun).await
 }
 
-/// Writes that `action` was refused with reason `code`.
-///
-/// # Errors
-/// When the record cannot be written: then not even the refusal is answered as such.
-pub async fn record_refusal(
-    app: &App,
-    call: &Call,
-    action: Action,
-    target: Option<Uuid>,
-    code: &'static str,
-) -> Result<(), Error> {
-    let subject = Subject { target, version: None };
-    write(app, call, action, subject, Outcome::Refused(code)).await
-}
-
 async fn write(
     app: &App,
     call: &Call,
@@ -221,6 +233,9 @@ async fn write(
         instance: call.scope.instance(),
         target: subject.target,
         version: subject.version,
+        rewrapped: subject.rewrapped,
+        service_id: subject.service_id,
+        grant: subject.grant,
         correlation: call.origin.correlation.clone(),
         peer: Some(call.origin.peer),
         count: None,

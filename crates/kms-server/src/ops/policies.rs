@@ -34,9 +34,10 @@ pub async fn create_policy(
     check_key(app, grant.scope).await?;
     let (id, created_at) = (random_uuid(&*app.vault).await?, app.now());
     let policy = Policy { id, service_id: owner.id, grant, created_at };
-    announce(app, &there, Action::CreatePolicy, Subject::of(id)).await?;
+    let subject = Subject::of_service_id(owner.id, id).granting(grant);
+    announce(app, &there, Action::CreatePolicy, subject.clone()).await?;
     app.store.add_policy(&policy).await?;
-    record(app, &there, Action::CreatePolicy, Subject::of(id)).await?;
+    record(app, &there, Action::CreatePolicy, subject).await?;
     Ok(policy)
 }
 
@@ -47,13 +48,14 @@ pub async fn delete_policy(app: &App, call: &Call, id: Uuid) -> Result<(), Error
     policy::allow_somewhere(&call.caller, Action::DeletePolicy)?;
     let mine = managed(app, call, Action::DeletePolicy).await?;
     let found = mine.iter().flat_map(|one| &one.policies).find(|policy| policy.id == id);
-    let scope = found.ok_or(Error::NotFound("policy"))?.grant.scope;
-    let there = call.at(scope);
-    announce(app, &there, Action::DeletePolicy, Subject::of(id)).await?;
+    let policy = found.ok_or(Error::NotFound("policy"))?;
+    let there = call.at(policy.grant.scope);
+    let subject = Subject::of_service_id(policy.service_id, id).granting(policy.grant);
+    announce(app, &there, Action::DeletePolicy, subject.clone()).await?;
     if !app.store.remove_policy(id).await? {
         return Err(Error::NotFound("policy"));
     }
-    record(app, &there, Action::DeletePolicy, Subject::of(id)).await
+    record(app, &there, Action::DeletePolicy, subject).await
 }
 
 /// A right for a key that is not there would come to life with whatever gets its id.

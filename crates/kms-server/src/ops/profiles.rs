@@ -47,8 +47,8 @@ pub async fn create_profile(app: &App, call: &Call, asked: NewProfile) -> Result
         subject: asked.subject,
         created_at: app.now(),
     };
-    let subject = Subject::of(profile.id);
-    announce(app, call, Action::CreateProfile, subject).await?;
+    let subject = of(&profile);
+    announce(app, call, Action::CreateProfile, subject.clone()).await?;
     app.store.add_profile(&profile).await?;
     record(app, call, Action::CreateProfile, subject).await?;
     Ok(profile)
@@ -62,12 +62,17 @@ pub async fn delete_profile(app: &App, call: &Call, id: Uuid) -> Result<(), Erro
     let mine = managed(app, call, Action::DeleteProfile).await?;
     let profiles = app.store.profiles().await?;
     let managed = |profile: &&Profile| mine.iter().any(|one| one.id == profile.service_id);
-    if !profiles.iter().filter(managed).any(|profile| profile.id == id) {
-        return Err(Error::NotFound("profile"));
-    }
-    announce(app, call, Action::DeleteProfile, Subject::of(id)).await?;
+    let found = profiles.iter().filter(managed).find(|profile| profile.id == id);
+    let subject = of(found.ok_or(Error::NotFound("profile"))?);
+    announce(app, call, Action::DeleteProfile, subject.clone()).await?;
     if !app.store.remove_profile(id).await? {
         return Err(Error::NotFound("profile"));
     }
-    record(app, call, Action::DeleteProfile, Subject::of(id)).await
+    record(app, call, Action::DeleteProfile, subject).await
+}
+
+fn of(profile: &Profile) -> Subject {
+    let Profile { issuer, subject, .. } = profile;
+    Subject::of_service_id(profile.service_id, profile.id)
+        .granting(format_args!("{subject} of {issuer}"))
 }

@@ -25,7 +25,7 @@ pub async fn rotate_key(
     let version = new_version(app, call, &key, material).await?;
     let _gate = app.gates.change(key.id).await;
     put_in_charge(app, call, &key, version).await?;
-    let subject = Subject { target: Some(key.id), version: Some(version) };
+    let subject = Subject { target: Some(key.id), version: Some(version), ..Subject::default() };
     record(app, call, Action::RotateKey, subject).await
 }
 
@@ -43,7 +43,7 @@ async fn new_version(
     };
     material.as_ref().map_or(Ok(()), check_length)?;
     let version = Version { id: random_uuid(&*app.vault).await?, created_at: app.now() };
-    let subject = Subject { target: Some(key.id), version: Some(version.id) };
+    let subject = Subject { target: Some(key.id), version: Some(version.id), ..Subject::default() };
     announce(app, call, Action::RotateKey, subject).await?;
     app.store.begin_version(key.id, &version).await?;
     match material {

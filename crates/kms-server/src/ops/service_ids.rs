@@ -43,11 +43,26 @@ pub async fn create_service_id(
         description: asked.description,
         ..ServiceId::with(id, asked.name, asked.grant, app.now())
     };
-    let subject = Subject::of(service_id.id);
-    announce(app, &there, Action::CreateServiceId, subject).await?;
+    let subject = Subject::of(service_id.id).granting(asked.grant);
+    announce(app, &there, Action::CreateServiceId, subject.clone()).await?;
     app.store.add_service_id(&service_id).await?;
     record(app, &there, Action::CreateServiceId, subject).await?;
     Ok(service_id)
+}
+
+/// Ends a service ID with its policies, API keys and profiles, and with the next call every token that was issued for it.
+///
+/// # Errors
+/// `Denied`; `NotFound`, also for one that the caller does not manage; `Conflict` for the last that can manage the whole
+/// server; and those of database and audit log.
+pub async fn delete_service_id(app: &App, call: &Call, id: Uuid) -> Result<(), Error> {
+    let found = managed_one(app, call, Action::DeleteServiceId, id).await?;
+    let there = call.at(found.home);
+    announce(app, &there, Action::DeleteServiceId, Subject::of(id)).await?;
+    if !app.store.remove_service_id(id).await? {
+        return Err(Error::NotFound("service ID"));
+    }
+    record(app, &there, Action::DeleteServiceId, Subject::of(id)).await
 }
 
 /// All service IDs that the caller may do `action` with.

@@ -11,7 +11,11 @@ use crate::store::{Key, KeyState, Version};
 use kms_core::secret::SecretBytes;
 use kms_core::wdek::{Wdek, WdekVersion};
 use kms_hsm::{Sealed, Vault, VaultError, Wrapped};
+use std::time::Duration;
 use uuid::Uuid;
+
+/// How long an unwrap that is done waits for what was not asked for.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct Unwrap {
@@ -34,12 +38,14 @@ pub struct Unwrapped {
 /// audit log.
 pub async fn unwrap(app: &App, call: &Call, asked: Unwrap) -> Result<Unwrapped, Error> {
     call.allow_key(Action::Unwrap, asked.key)?;
+    provide_use(app, call, &asked).await;
     let _gate = app.gates.use_of(asked.key).await;
 
     let key = opening_key(app, call, asked.key).await?;
     let (plaintext, version) = open(app, &key, &asked).await?;
     let rewrapped = rewrap(app, &key, &version, &plaintext, &asked.aad).await;
-    let subject = Subject { target: Some(key.id), version: Some(version.id) };
+    let newer = rewrapped.as_ref().map(|(_, version)| version.id);
+    let subject = Subject { version: Some(version.id), rewrapped: newer, ..Subject::of(key.id) };
     record(app, call, Action::Unwrap, subject).await?;
     Ok(Unwrapped { plaintext, version, rewrapped })
 }
@@ -91,7 +97,21 @@ async fn candidates(app: &App, key: &Key, handle: Option<Uuid>) -> Result<Vec<Ve
     Ok(versions)
 }
 
-/// A courtesy, not what was asked for: old data must open although the active version is lost or used up.
+/// What [`rewrap`] will take, before the key's gate: nobody who changes the key waits for the database then.
+async fn provide_use(app: &App, call: &Call, asked: &Unwrap) {
+    if app.settings.wdek_version != WdekVersion::V4_0_0 {
+        return;
+    }
+    let Ok(instance) = call.instance() else { return };
+    let Ok(Some(key)) = app.store.key(instance, asked.key).await else { return };
+    let Ok(wdek) = Wdek::decode(&asked.ciphertext) else { return };
+    if wdek.handle != Some(key.version.id) && key.state(app.now()) == KeyState::Active {
+        app.uses.provide(&app.store, key.version.id).await;
+    }
+}
+
+/// A courtesy, not what was asked for: old data must open although the active version is lost or used up, and although
+/// database or HSM hang.
 async fn rewrap(
     app: &App,
     key: &Key,
@@ -102,7 +122,7 @@ async fn rewrap(
     if from.id == key.version.id || key.state(app.now()) != KeyState::Active {
         return None;
     }
-    match wrap_with(app, key, plaintext.clone(), aad).await {
+    match wrap_soon(app, key, plaintext, aad).await {
         Ok(ciphertext) => Some((ciphertext, key.version.clone())),
         Err(cause) => {
             app.metrics.rewrap_failed();
@@ -114,4 +134,19 @@ async fn rewrap(
             None
         }
     }
+}
+
+async fn wrap_soon(
+    app: &App,
+    key: &Key,
+    plaintext: &SecretBytes,
+    aad: &[String],
+) -> Result<String, Error> {
+    let away = |cause: &str| VaultError::Unavailable { cause: cause.into() };
+    let gcm = app.settings.wdek_version == WdekVersion::V4_0_0;
+    if gcm && !app.uses.are_at_hand(key.version.id) {
+        return Err(away("no use with AES-GCM is reserved, or is left").into());
+    }
+    let wrap = wrap_with(app, key, plaintext.clone(), aad);
+    tokio::time::timeout(PATIENCE, wrap).await.map_err(|_| away("it took too long"))?
 }

@@ -8,6 +8,10 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 /// Every method that changes something has done so durably when it returns, and the next call sees it.
+///
+/// Somebody must be able to manage the server for good: a ClusterAdministrator of every instance who can log in by an API
+/// key that is neither locked nor revoked. A profile does not count: its issuer is in other hands. What would take the
+/// last one away is a `Conflict`, whichever server on this database it is asked of.
 #[async_trait]
 pub trait Access: Send + Sync + Debug {
     /// With its policies, all or nothing.
@@ -17,6 +21,11 @@ pub trait Access: Send + Sync + Debug {
     async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError>;
     async fn service_ids(&self) -> Result<Vec<ServiceId>, StoreError>;
     async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError>;
+    /// With its policies, API keys and profiles, all or nothing. False when there is no such service ID.
+    ///
+    /// # Errors
+    /// `Conflict` for the last that can manage the whole server.
+    async fn remove_service_id(&self, id: Uuid) -> Result<bool, StoreError>;
 
     /// # Errors
     /// `Conflict` when service ID, instance or key does not exist.
@@ -24,7 +33,7 @@ pub trait Access: Send + Sync + Debug {
     /// False when there is no such policy.
     ///
     /// # Errors
-    /// `Conflict` for the last one that lets anybody manage the whole server.
+    /// `Conflict` for the last one that lets anybody manage the whole server, or anybody who can log in by an API key.
     async fn remove_policy(&self, id: Uuid) -> Result<bool, StoreError>;
 
     /// # Errors
@@ -33,10 +42,16 @@ pub trait Access: Send + Sync + Debug {
     /// Those that are not revoked.
     async fn api_keys(&self) -> Result<Vec<ApiKey>, StoreError>;
     /// Locks an API key since `at`, or with `None` unlocks it; false when there is none, or it is so already.
+    ///
+    /// # Errors
+    /// `Conflict` for the last one with which the whole server can be managed.
     async fn lock_api_key(&self, id: Uuid, at: Option<OffsetDateTime>) -> Result<bool, StoreError>;
     /// Gives an API key a new secret; false when there is none that could get one.
     async fn rotate_api_key(&self, id: Uuid, new: &NewSecret) -> Result<bool, StoreError>;
     /// False when there is no such API key that could be revoked.
+    ///
+    /// # Errors
+    /// `Conflict` for the last one with which the whole server can be managed.
     async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError>;
 
     /// # Errors

@@ -20,17 +20,19 @@ pub trait Custody: Send + Sync + Debug {
     /// # Errors
     /// `Conflict` when there is no such version, or it has another check value.
     async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError>;
-    /// Adds a version behind all others of its key, visible and never the one that wraps.
+    /// Puts a version that is not known, or pending, behind all others of its key, visible and not the one that wraps. A
+    /// key that is pending becomes active with it.
     ///
     /// # Errors
-    /// `Conflict` when the key does not exist or is pending, or the version is known.
+    /// `Conflict` when the key does not exist, or the version is known and not pending, or of another key, or has another
+    /// check value.
     async fn adopt_version(&self, adopted: &Adopted) -> Result<(), StoreError>;
     /// The serial number of the token in which the versions were seen last.
     async fn token_serial(&self) -> Result<Option<String>, StoreError>;
     async fn keep_token_serial(&self, serial: &str) -> Result<(), StoreError>;
 }
 
-/// A version that the HSM holds and the store did not know.
+/// A version that the HSM holds and the store did not know to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Adopted {
     pub key: Uuid,
@@ -44,8 +46,11 @@ pub struct KnownVersion {
     pub instance: Uuid,
     pub key: Uuid,
     pub version: Uuid,
-    /// Its making was begun and not completed: nothing was wrapped with it.
+    /// Its making was begun and not completed when this was written. Nothing was wrapped with it, unless this is a copy
+    /// of a database in which it was completed afterwards.
     pub pending: bool,
+    /// Its key is being purged: the HSM may hold it or not.
+    pub purging: bool,
     pub created_at: OffsetDateTime,
     /// `None` for versions of older servers that no newer one has seen in the HSM yet.
     pub check_value: Option<CheckValue>,

@@ -36,7 +36,7 @@ pub trait Store: Access + Trail + Custody {
     async fn initialise(&self, first: &FirstContent) -> Result<(), StoreError>;
     /// The key that signs tokens, `None` before [`Store::initialise`].
     async fn signing_key(&self) -> Result<Option<SigningKey>, StoreError>;
-    /// Puts a newer one in its place; the one before is kept.
+    /// Puts a newer one in its place; the one before is kept, and counts as older whatever its time is.
     async fn add_signing_key(&self, key: &SigningKey) -> Result<(), StoreError>;
 
     /// # Errors
@@ -103,6 +103,28 @@ pub trait Store: Access + Trail + Custody {
         id: Uuid,
         at: OffsetDateTime,
         by: &str,
+    ) -> Result<bool, StoreError>;
+    /// Notes that the versions of a destroyed key are about to be destroyed in the HSM: from then on it may lack them.
+    /// Noted already, it stays as it is.
+    ///
+    /// # Errors
+    /// `Conflict` when there is no such key, or it is not destroyed.
+    async fn begin_purge(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        at: OffsetDateTime,
+    ) -> Result<(), StoreError>;
+    /// Removes a key whose purge has begun, its versions, all of which are `versions`, and the policies for it. None of
+    /// their ids is taken again. False when there is no such key: somebody else was faster.
+    ///
+    /// # Errors
+    /// `Conflict` when it has other versions.
+    async fn finish_purge(
+        &self,
+        id: Uuid,
+        versions: &[Uuid],
+        at: OffsetDateTime,
     ) -> Result<bool, StoreError>;
 }
 
@@ -182,6 +204,8 @@ pub struct Key {
     pub rotated_at: Option<OffsetDateTime>,
     pub deleted_at: Option<OffsetDateTime>,
     pub deleted_by: Option<String>,
+    /// Its purge has begun and is not done.
+    pub purge_begun_at: Option<OffsetDateTime>,
     /// The version that wraps.
     pub version: Version,
 }

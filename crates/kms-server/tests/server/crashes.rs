@@ -1,13 +1,15 @@
 //! What is left when the server stops in the middle of something, and what the next start makes of it.
 
 use crate::harness::faulty_store::{Fault, Step};
-use crate::harness::{Server, new_key};
+use crate::harness::{Server, crowd, new_key};
 use kms_hsm::memory;
 use kms_hsm::{Vault, VaultError};
 use kms_server::reconcile::{Comparison, Pair, Standing, compare};
 use kms_server::store::Custody;
 use serde_json::json;
 use std::collections::BTreeSet;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
 const DATABASE_AWAY: &str =
@@ -279,17 +281,27 @@ async fn fifty_rotations_leave_every_wdek_to_the_version_that_it_names() {
 async fn a_hundred_creators_of_one_name_get_a_hundred_keys_and_no_data_is_lost() {
     let server = std::sync::Arc::new(Server::start().await);
     let token = server.admin().await;
-    let mut tasks = Vec::new();
-    for _ in 0..100 {
+    let create = || {
         let (server, token) = (server.clone(), token.clone());
-        tasks.push(tokio::spawn(async move {
+        async move {
             let id = server.create_id(&token, "one name").await;
             (server.wrap(&token, &id, PLAINTEXT).await.0, id)
-        }));
+        }
+    };
+    let began = tokio::time::Instant::now();
+    let mut made = vec![create().await];
+    let turns = std::sync::Arc::new(Semaphore::new(crowd(began.elapsed())));
+    let mut tasks = JoinSet::new();
+    for _ in 1..100 {
+        let (create, turns) = (create(), turns.clone());
+        tasks.spawn(async move {
+            let _turn = turns.acquire().await.unwrap();
+            create.await
+        });
     }
+    made.extend(tasks.join_all().await);
     let mut ids = BTreeSet::new();
-    for task in tasks {
-        let (wdek, id) = task.await.unwrap();
+    for (wdek, id) in made {
         assert_eq!(server.unwrap(&token, &id, &wdek).await.json()["plaintext"], PLAINTEXT);
         ids.insert(id);
     }

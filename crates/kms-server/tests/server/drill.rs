@@ -81,6 +81,7 @@ async fn s5_a_new_host_opens_every_dek_and_other_tokens_are_refused() {
 async fn s5_a_key_that_is_missing_is_named_and_the_others_are_served() {
     let Some(mut rig) = Rig::make() else { return };
     rig.start().await;
+    rig.anchored().await;
     let client = rig.admin().await;
     let before = rig.path("before");
     let (old, ()) =
@@ -110,6 +111,7 @@ async fn s5_a_token_that_gets_its_keys_back_is_served_without_a_restart() {
     let Some(mut rig) = Rig::make() else { return };
     let (tokens, empty, full) = (rig.path("tokens"), rig.path("empty"), rig.path("full"));
     rig.start().await;
+    rig.anchored().await;
     copy_folder(&tokens, &empty);
     let client = rig.admin().await;
     let key = client.create("key").await.unwrap();

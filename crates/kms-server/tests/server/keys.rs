@@ -191,8 +191,7 @@ async fn rotation_keeps_what_was_wrapped_and_offers_it_anew() {
 
 #[tokio::test]
 async fn wdeks_of_both_formats_are_read_and_either_is_written() {
-    let old_format =
-        Settings { wdek_version: WdekVersion::V2_0_0, min_rotation_interval: Duration::ZERO };
+    let old_format = Settings { wdek_version: WdekVersion::V2_0_0, ..Server::settings() };
     let server = Server::start_with(old_format).await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
@@ -222,7 +221,7 @@ async fn wdeks_of_both_formats_are_read_and_either_is_written() {
 
 #[tokio::test]
 async fn aes_gcm_is_written_where_asked_for_and_read_always() {
-    let gcm = Settings { wdek_version: WdekVersion::V4_0_0, min_rotation_interval: Duration::ZERO };
+    let gcm = Settings { wdek_version: WdekVersion::V4_0_0, ..Server::settings() };
     let server = Server::start_with(gcm).await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
@@ -448,7 +447,6 @@ async fn what_is_not_built_says_so() {
         ("POST", format!("/keys/{id}?action=setKeyForDeletion"), "null".to_owned()),
         ("POST", format!("/keys/{id}/actions/rewrap"), "{}".to_owned()),
         ("POST", format!("/keys/{id}/restore"), String::new()),
-        ("DELETE", format!("/keys/{id}/purge"), String::new()),
         ("GET", format!("/keys/{id}/policies"), String::new()),
         ("GET", "/instance/policies".to_owned(), String::new()),
         ("GET", "/key_rings".to_owned(), String::new()),
@@ -486,10 +484,8 @@ async fn a_key_that_does_not_exist_is_not_found_whatever_its_name() {
 
 #[tokio::test]
 async fn rotation_may_be_limited_to_once_in_a_while() {
-    let hourly = Settings {
-        wdek_version: WdekVersion::V2_1_0,
-        min_rotation_interval: Duration::from_secs(3600),
-    };
+    let interval = Duration::from_secs(3600);
+    let hourly = Settings { min_rotation_interval: interval, ..Server::settings() };
     let server = Server::start_with(hourly).await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;

@@ -4,14 +4,17 @@
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first surprise")]
 
 mod access;
+mod administrators;
 mod api_keys;
 mod audit;
+mod audit_disk;
 mod client;
 mod crashes;
 mod drill;
 mod forged_tokens;
 mod harness;
 mod hsm;
+mod hsm_codes;
 mod keys;
 mod kills;
 mod limits;
@@ -22,7 +25,10 @@ mod operations;
 mod pins;
 mod pitfalls;
 mod policies;
+mod purge;
+mod rates;
 mod redstone;
+mod refused_tokens;
 mod replicas;
 mod restore;
 mod rotation;

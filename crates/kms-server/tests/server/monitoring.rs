@@ -8,6 +8,7 @@ use kms_server::failures::Cause;
 use kms_server::health::{Health, Parts};
 use kms_server::limits::{Settings, TooMuch};
 use kms_server::metrics::{Metrics, Snapshot};
+use kms_server::token::NotValid;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::time::{Duration, UNIX_EPOCH};
@@ -47,6 +48,7 @@ fn published() -> Samples {
     metrics.ready(&parts);
     metrics.recorded(true, took);
     metrics.login_refused(Cause::ApiKey);
+    metrics.token_refused(NotValid::Expired);
     metrics.anchored(true, UNIX_EPOCH);
     metrics.certificate_reloaded(true);
     let counted = Statistics {

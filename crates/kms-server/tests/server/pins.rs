@@ -41,7 +41,7 @@ async fn one_login(isolation: &str) {
     pin_file(&rig, "582910\n");
     rig.becomes("200 OK").await;
     assert_eq!(logins(), 2);
-    for _ in 0..200 {
+    for _ in 0..6000 {
         if !refused.exists() {
             break;
         }

@@ -47,6 +47,21 @@ async fn as_long(
     ca: &Path,
     requests: [&Request; 2],
 ) -> Result<(), Vec<[Duration; 2]>> {
+    let seen = compared(server, ca, requests, 1).await;
+    if seen.iter().copied().any(alike) { Ok(()) } else { Err(seen) }
+}
+
+fn alike([one, other]: [Duration; 2]) -> bool {
+    one.max(other) < one.min(other) * 5 / 4
+}
+
+/// How long each took, attempt by attempt, up to so many in which they were alike.
+async fn compared(
+    server: SocketAddr,
+    ca: &Path,
+    requests: [&Request; 2],
+    enough: usize,
+) -> Vec<[Duration; 2]> {
     let clock = SystemClock::new();
     let mut connection = Connection::open(server, ca).await;
     let mut seen = Vec::new();
@@ -64,12 +79,12 @@ async fn as_long(
             times.sort();
             times[TURNS / 10]
         });
-        if one.max(other) < one.min(other) * 5 / 4 {
-            return Ok(());
-        }
         seen.push([one, other]);
+        if seen.iter().copied().filter(|times| alike(*times)).count() == enough {
+            break;
+        }
     }
-    Err(seen)
+    seen
 }
 
 #[tokio::test]
@@ -346,7 +361,10 @@ async fn pitfall_16_how_long_a_refusal_takes_says_nothing() {
     assert_eq!(as_long(server.keys, &server.ca(), [&there, &nowhere]).await, Ok(()));
     // That this can see a difference: whoever shows no token is refused without a look at the database.
     let nobody = Request::new("GET", "/api/v2/keys", &[], "");
-    assert_ne!(as_long(server.keys, &server.ca(), [&there, &nobody]).await, Ok(()));
+    // A machine with other work makes them alike now and then.
+    let seen = compared(server.keys, &server.ca(), [&there, &nobody], ATTEMPTS).await;
+    let told_apart = seen.iter().filter(|times| !alike(**times)).count();
+    assert!(told_apart > ATTEMPTS / 2, "{seen:?}");
 }
 
 #[tokio::test]
@@ -413,7 +431,6 @@ async fn pitfall_18_what_is_not_built_says_so() {
         ("POST", "/keys_with_policy_overrides"),
         ("PATCH", "/keys/{id}"),
         ("POST", "/keys/{id}/restore"),
-        ("DELETE", "/keys/{id}/purge"),
         ("POST", "/keys/{id}/actions/rewrap"),
         ("POST", "/keys/{id}/actions/setKeyForDeletion"),
         ("POST", "/keys/{id}/actions/unsetKeyForDeletion"),

@@ -1,6 +1,7 @@
 //! A restore on the host that was lost, with all that a killed server and an interrupted restore leave lying about.
 
 use crate::harness::Server;
+use crate::harness::faulty_store::{Fault, Step};
 use aws_lc_rs::digest::{SHA256, digest};
 use kms_hsm::Vault;
 use kms_server::adopt::{self, Adopt, AdoptError};
@@ -149,6 +150,38 @@ async fn a_backup_that_was_interrupted_anywhere_is_made_again() {
     SqliteStore::inspect(&to).await.unwrap();
 }
 
+#[tokio::test]
+async fn of_two_backups_to_one_name_one_is_made_and_the_other_refused() {
+    let loss = Loss::happens().await;
+    let (live, to) = (loss.server.dir.path().join("kms.db"), loss.path("kms-2.db"));
+    let make = || backup(&live, &to, OffsetDateTime::UNIX_EPOCH);
+    let (one, two) = tokio::join!(make(), make());
+    assert!(one.is_ok() && matches!(two, Err(BackupError::Busy(_))), "{one:?} {two:?}");
+    assert_eq!(loss.files(), ["kms-2.db", "kms-2.db.manifest.json"]);
+    SqliteStore::inspect(&to).await.unwrap();
+    // Nor does a restore clear away what another one is making.
+    let held = fs::File::create(loss.path("kms.db.half.lock")).unwrap();
+    held.lock().unwrap();
+    fs::write(loss.path("kms.db.half"), "half").unwrap();
+    let refused = loss.restore().await.unwrap_err();
+    assert!(refused.to_string().contains("at this moment"), "{refused}");
+    assert_eq!(fs::read(loss.path("kms.db.half")).unwrap(), b"half");
+    drop(held);
+    loss.restore().await.unwrap();
+    assert_eq!(loss.files(), ["kms-2.db", "kms-2.db.manifest.json", "kms.db"]);
+}
+
+/// The backup may be where nobody writes.
+#[tokio::test]
+async fn a_comparison_writes_nothing_beside_the_backup() {
+    let loss = Loss::happens().await;
+    // Whoever wanted to write there would have to remove this first.
+    fs::create_dir(loss.path("backup.db.half")).unwrap();
+    let (from, database) = (loss.path("backup.db"), loss.path("kms.db"));
+    restore(&*loss.server.vault, &from, &database, true).await.unwrap();
+    assert_eq!(loss.files(), [""; 0]);
+}
+
 /// Its manifest agrees: it was broken before it was copied.
 #[tokio::test]
 async fn a_backup_that_is_broken_inside_is_not_restored() {
@@ -257,4 +290,99 @@ async fn a_version_made_since_the_backup_is_adopted_by_its_own_key_only() {
     server.rotate(&token, &id).await;
     let (_, third) = server.wrap(&token, &id, PLAINTEXT).await;
     assert!(third != first.to_string() && third != second.to_string());
+}
+
+/// The backup holds the version as one that is being made, and it wraps a moment later.
+#[tokio::test]
+async fn a_version_that_was_being_made_at_the_time_of_the_backup_is_adopted() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let dir = TempDir::new().unwrap();
+    let saved = dir.path().join("backup.db");
+    let rotate = async { assert_eq!(server.rotate(&token, &id).await.status, 204) };
+    backup_amid(&server, Step::ActivateVersion, &saved, rotate).await;
+    let (wdek, second) = server.wrap(&token, &id, PLAINTEXT).await;
+    let (server, notes) = lose_and_restore(server, &dir, &saved).await;
+    let told = format!("Version {second} of key {id} was being made at the time of the backup");
+    assert!(notes.contains(&told), "{notes}");
+    let token = server.admin().await;
+    assert_eq!(server.unwrap(&token, &id, &wdek).await.status, 422, "not yet");
+    let (key, version) = (id.parse().unwrap(), second.parse().unwrap());
+    adopt_in(&server, &dir, key, version, &wdek).await.unwrap();
+    let again = adopt_in(&server, &dir, key, version, &wdek).await;
+    assert!(matches!(again, Err(AdoptError::Known(_))), "{again:?}");
+    assert_eq!(server.unwrap(&token, &id, &wdek).await.json()["plaintext"], PLAINTEXT);
+    assert_ne!(server.wrap(&token, &id, PLAINTEXT).await.1, second, "it never wraps");
+    assert_eq!(server.rotate(&token, &id).await.status, 204);
+}
+
+/// The backup holds the key itself as one that is being made, and nothing of how it was rotated later.
+#[tokio::test]
+async fn a_key_that_was_being_made_at_the_time_of_the_backup_gets_its_versions_in_any_order() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let other = server.create_id(&token, "other").await.parse().unwrap();
+    let dir = TempDir::new().unwrap();
+    let saved = dir.path().join("backup.db");
+    let mut made = None;
+    let create = async { made = Some(server.create_id(&token, "crk").await) };
+    backup_amid(&server, Step::ActivateKey, &saved, create).await;
+    let id = made.unwrap();
+    let (first_wdek, first) = server.wrap(&token, &id, PLAINTEXT).await;
+    server.rotate(&token, &id).await;
+    let (second_wdek, second) = server.wrap(&token, &id, PLAINTEXT).await;
+    let (server, _) = lose_and_restore(server, &dir, &saved).await;
+    let token = server.admin().await;
+    let (key, first, second) =
+        (id.parse().unwrap(), first.parse().unwrap(), second.parse().unwrap());
+    let strange = adopt_in(&server, &dir, other, first, &first_wdek).await;
+    assert!(matches!(strange, Err(AdoptError::Known(_))), "{strange:?}");
+    let unproven = adopt_in(&server, &dir, key, first, &second_wdek).await;
+    assert!(matches!(unproven, Err(AdoptError::Unproven)), "{unproven:?}");
+    adopt_in(&server, &dir, key, second, &second_wdek).await.unwrap();
+    adopt_in(&server, &dir, key, first, &first_wdek).await.unwrap();
+    for wdek in [&first_wdek, &second_wdek] {
+        let opened = server.unwrap(&token, &id, wdek).await.json();
+        assert_eq!(opened["plaintext"], PLAINTEXT, "{opened}");
+    }
+    assert_eq!(server.rotate(&token, &id).await.status, 204);
+    let (_, third) = server.wrap(&token, &id, PLAINTEXT).await;
+    assert!(third != first.to_string() && third != second.to_string());
+}
+
+/// Backs the database up while `work` waits at `step`, and lets it end.
+async fn backup_amid(server: &Server, step: Step, saved: &Path, work: impl Future<Output = ()>) {
+    server.store.set_fault(Some(Fault::Hold(step)));
+    let save = async {
+        server.store.holds().await;
+        let live = server.dir.path().join("kms.db");
+        backup(&live, saved, OffsetDateTime::UNIX_EPOCH).await.unwrap();
+        server.store.set_fault(None);
+    };
+    tokio::join!(work, save);
+}
+
+/// The same server, on what was restored; and what the restore says.
+async fn lose_and_restore(server: Server, dir: &TempDir, saved: &Path) -> (Server, String) {
+    let live = server.dir.path().join("kms.db");
+    for file in sides(&live).iter().chain([&live]).filter(|file| file.exists()) {
+        fs::rename(file, dir.path().join(file.file_name().unwrap())).unwrap();
+    }
+    let restored = restore(&*server.vault, saved, &live, false).await.unwrap();
+    (server.restart().await, restored.notes())
+}
+
+async fn adopt_in(
+    server: &Server,
+    dir: &TempDir,
+    key: Uuid,
+    version: Uuid,
+    wdek: &str,
+) -> Result<(), AdoptError> {
+    let log = dir.path().join("adopt.log");
+    let audit = Audit::open(&log, "adopt", None, server.clock.clone()).unwrap();
+    let asked = Adopt { key, version, ciphertext: wdek.to_owned(), aad: Vec::new() };
+    let now = OffsetDateTime::UNIX_EPOCH;
+    adopt::adopt(&*server.vault, &*server.store, &audit, asked, now).await
 }

@@ -38,7 +38,7 @@ async fn old_data_opens_although_the_active_version_is_used_up() {
 
 /// After a change of the version that wraps which leaves it wrapping no more, but with this status.
 async fn opens_old_data(format: WdekVersion, spoil: impl AsyncFn(&Server, Uuid), status: u16) {
-    let settings = Settings { wdek_version: format, min_rotation_interval: Duration::ZERO };
+    let settings = Settings { wdek_version: format, ..Server::settings() };
     let server = Server::start_with(settings).await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
@@ -96,10 +96,8 @@ async fn of_two_rotations_at_once_the_interval_allows_one() {
 }
 
 async fn of_two_rotations_one_is_done(step: Step) {
-    let hourly = Settings {
-        wdek_version: WdekVersion::V2_1_0,
-        min_rotation_interval: Duration::from_secs(3600),
-    };
+    let interval = Duration::from_secs(3600);
+    let hourly = Settings { min_rotation_interval: interval, ..Server::settings() };
     let (server, replica) = Server::start_pair_with(hourly).await;
     let (server, replica) = (Arc::new(server), replica);
     let token = server.admin().await;

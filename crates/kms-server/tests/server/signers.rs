@@ -6,9 +6,11 @@ use crate::harness::faulty_store::{Fault, Step};
 use crate::harness::rig::{Rig, stderr};
 use kms_hsm::Vault;
 use kms_hsm::memory::MemoryVault;
+use kms_server::audit::Audit;
 use kms_server::audit::anchors::Anchors;
 use kms_server::guard::Guarded;
 use kms_server::reconcile::{Pair, pair};
+use kms_server::renew_key::{RenewError, Signs, renew};
 use kms_server::store::{SigningKey, Store, Trail};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -66,20 +68,10 @@ async fn served(rig: &mut Rig) -> (crate::harness::rig::Client, String, String) 
     let client = rig.admin().await;
     let key = client.create("key").await.unwrap();
     let wrapped = client.wrap(&key, PLAINTEXT).await.unwrap().json();
-    anchored(rig).await;
+    rig.anchored().await;
     rig.kill();
     assert_eq!(rig.check().0, 0);
     (client, key, wrapped["ciphertext"].as_str().unwrap().to_owned())
-}
-
-async fn anchored(rig: &Rig) {
-    for _ in 0..1500 {
-        if rig.path("audit.anchor").exists() {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("no anchor: {}", rig.log());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -111,7 +103,7 @@ async fn a_public_half_that_is_gone_is_told_and_harms_nobody() {
     assert_eq!(of_before.json()["plaintext"], PLAINTEXT, "the token of before: {of_before:?}");
     let new = rig.admin().await.unwrap(&key, &wdek).await.unwrap();
     assert_eq!(new.json()["plaintext"], PLAINTEXT, "a new token: {new:?}");
-    anchored(&rig).await;
+    rig.anchored().await;
     assert_eq!(objects(&rig), left);
     assert!(rig.log().contains("does not show the public half"), "{}", rig.log());
     let renewed = rig.run(&["renew-key", "tokens"]);
@@ -137,7 +129,8 @@ async fn a_private_half_that_is_gone_is_made_anew_by_the_operator_alone() {
     assert!(said.contains("kms-server renew-key tokens"), "{said}");
     let of_before = client.unwrap(&key, &wdek).await.unwrap();
     assert_eq!(of_before.json()["plaintext"], PLAINTEXT, "keys are used all the same");
-    assert_eq!(rig.client().log_in(&rig.api_key).await, Some(500), "nothing signs a token");
+    let refused = rig.client().ask_token(&rig.api_key).await.unwrap();
+    assert_eq!(refused.status, 503, "nothing signs a token: {refused:?}");
     assert!(!rig.readiness().await.contains("200 OK"));
     rig.kill();
     assert_eq!(objects(&rig), left, "nothing was made anew");
@@ -191,6 +184,38 @@ async fn a_key_that_is_lost_while_the_server_runs_is_found_within_half_a_minute(
     assert!(other.contains("another key in the place of"), "{other}");
 }
 
+/// Nobody waits for the next proof: a login that cannot be signed is told to come again, and the operator why.
+#[tokio::test]
+async fn a_login_without_the_key_that_signs_is_told_to_come_again() {
+    let server = Server::start().await;
+    let key = server.store.signing_key().await.unwrap().unwrap();
+    let (vault, api_key) = (&server.app.vault, server.made.admin.api_key.expose());
+    server.create_id(&server.admin().await, "one that is there").await;
+    assert_eq!(vault.probe().await, Ok(()));
+    let told_to_come_again = async || {
+        let refused = server.ask_token(api_key).await;
+        assert_eq!(refused.status, 503, "{refused:?}");
+        assert!(refused.header("retry-after").is_some(), "{refused:?}");
+        assert_eq!(refused.json()["errorCode"], "HSM_UNAVAILABLE_ERR");
+        let text = format!("{refused:?}");
+        assert!(!text.contains(&key.id.to_string()) && !text.contains("private"), "{text}");
+    };
+    server.vault.lose_signing_key(key.id);
+    told_to_come_again().await;
+    let cause = vault.probe().await.unwrap_err().to_string();
+    let wanted = format!("does not hold the private key {} that signs tokens", key.id);
+    assert!(cause.contains(&wanted) && cause.contains("kms-server renew-key tokens"), "{cause}");
+    told_to_come_again().await;
+    let cause = vault.sign(key.id, b"token").await.unwrap_err().to_string();
+    assert!(cause.contains(&wanted), "{cause}");
+    // Another key under its name would sign tokens that nobody takes.
+    server.vault.make_signing_key(key.id).await.unwrap();
+    let guarded = Guarded::new(server.vault.clone(), server.store.clone());
+    guarded.compare().await.unwrap();
+    let cause = guarded.sign(key.id, b"token").await.unwrap_err().to_string();
+    assert!(cause.contains("another key in the place of"), "{cause}");
+}
+
 #[tokio::test]
 async fn the_key_of_the_anchors_is_made_once_however_often_the_database_refuses_it() {
     let server = Server::start().await;
@@ -230,4 +255,23 @@ async fn a_look_tells_the_very_pair_from_every_other() {
     assert_eq!(pair(&*vault, &mixed).await, Ok(Pair::OtherKey));
     vault.lose_signing_key(ours);
     assert_eq!(pair(&*vault, &key).await, Ok(Pair::Lost));
+}
+
+/// Else no clock that is right would be believed beside it, and no server ready again.
+#[tokio::test]
+async fn a_key_made_under_a_clock_that_was_ahead_is_made_anew_and_one_of_now_is_not() {
+    let server = Server::start().await;
+    let old = server.store.signing_key().await.unwrap().unwrap();
+    let audit =
+        Audit::open(&server.dir.path().join("renew.log"), "renew", None, server.clock.clone());
+    let audit = audit.unwrap();
+    let renew = async |now| renew(&*server.vault, &*server.store, &audit, Signs::Tokens, now).await;
+    let good = renew(old.created_at - time::Duration::seconds(4)).await;
+    assert!(matches!(good, Err(RenewError::Good { .. })), "{good:?}");
+    let now = old.created_at - time::Duration::days(400);
+    let made = renew(now).await.unwrap();
+    let new = server.store.signing_key().await.unwrap().unwrap();
+    assert_eq!((made.old, new.id, new.created_at), (old.id, made.new, now));
+    let good = renew(now).await;
+    assert!(matches!(good, Err(RenewError::Good { .. })), "{good:?}");
 }

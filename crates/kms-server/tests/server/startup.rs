@@ -2,6 +2,7 @@
 //! health port of a running server.
 
 use crate::harness::faulty_store::{self, Step};
+use crate::harness::rig::Rig;
 use crate::harness::{Server, http};
 use kms_core::crypto_module::CryptoModule;
 use kms_hsm::VaultError;
@@ -147,7 +148,7 @@ async fn a_peer_that_hangs_up_does_not_stop_an_operation_in_the_middle() {
     stream.shutdown().await.unwrap();
     drop(stream);
     server.store.set_fault(None);
-    for _ in 0..500 {
+    for _ in 0..6000 {
         if server.audit().contains("create_key") {
             return;
         }
@@ -167,7 +168,7 @@ async fn probe(server: &Server, path: &str) -> String {
 
 /// Asks until the answer is as wanted: the health check runs every few seconds.
 async fn eventually(server: &Server, path: &str, wanted: &str) -> String {
-    for _ in 0..1000 {
+    for _ in 0..3000 {
         let answer = probe(server, path).await;
         if answer.starts_with(&format!("HTTP/1.1 {wanted}")) {
             return answer;
@@ -175,4 +176,19 @@ async fn eventually(server: &Server, path: &str, wanted: &str) -> String {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     panic!("{path} never answered {wanted}");
+}
+
+/// The API keys are shown once. Where they cannot be, they are none.
+#[tokio::test]
+async fn an_init_whose_output_is_lost_initialises_nothing_and_is_done_again() {
+    let Some(rig) = Rig::bare() else { return };
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let lost = rig.command(&["init"]).stdout(full).output().unwrap();
+    assert_eq!(lost.status.code(), Some(1), "{}", stderr(&lost));
+    assert!(stderr(&lost).contains("Nothing was initialised: make room"), "{}", stderr(&lost));
+    let made = rig.run(&["init", "-o", "json"]);
+    assert!(made.status.success(), "{}", stderr(&made));
+    assert!(String::from_utf8_lossy(&made.stdout).contains("api_key"));
+    let twice = rig.run(&["init"]);
+    assert!(stderr(&twice).contains("is initialised already"), "{}", stderr(&twice));
 }

@@ -2,6 +2,7 @@
 
 use crate::harness::Server;
 use crate::harness::http::Answer;
+use kms_hsm::VaultError;
 use kms_hsm::memory::Fault;
 use serde_json::{Value, json};
 use std::future::Future;
@@ -137,7 +138,7 @@ async fn until_waiting<T, F: Future<Output = T>>(gate: impl Fn() -> F) {
             tokio::task::yield_now().await;
         }
     };
-    timeout(Duration::from_secs(20), waiting).await.unwrap();
+    timeout(Duration::from_secs(60), waiting).await.unwrap();
 }
 
 /// `action outcome` of each record about a key, in the order of the log.
@@ -151,4 +152,29 @@ fn recorded(server: &Server) -> Vec<String> {
             format!("{} {}", text("action"), text("outcome"))
         })
         .collect()
+}
+
+/// Another server has just made it, and this one's session does not see it yet.
+#[tokio::test]
+async fn a_key_that_comes_into_the_hsms_sight_a_moment_later_is_not_lost() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (wdek, _) = server.wrap(&token, &id, "AAAA").await;
+    let hides = |calls: usize| {
+        let error = VaultError::NotFound;
+        server.vault.set_fault(Some(Fault::FailNext { calls, error }));
+    };
+    // With its plaintext, nothing else is asked of the HSM.
+    let (given, sealed) = (json!({ "plaintext": PLAINTEXT }), json!({ "ciphertext": wdek }));
+    for (action, body) in [("wrap", given), ("unwrap", sealed)] {
+        let body = &body.to_string();
+        let path = format!("/keys/{id}/actions/{action}");
+        hides(3);
+        let answer = server.call(&token, "POST", &path, body).await;
+        assert_eq!(answer.status, 200, "{action}: {answer:?}");
+        hides(4);
+        let answer = server.call(&token, "POST", &path, body).await;
+        assert_eq!(answer.status, 500, "{action}: {answer:?}");
+    }
 }

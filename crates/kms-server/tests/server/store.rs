@@ -241,6 +241,39 @@ async fn the_one_role_of_an_older_database_becomes_the_first_policy() {
     assert_eq!(store.service_id(id(2)).await.unwrap().unwrap().home, scope);
 }
 
+/// The operator moved the file to another disk and left a link, and beside the link lies what a killed server left: the
+/// WAL index of then, whole, and never written again.
+#[tokio::test]
+async fn a_change_counts_at_once_where_the_file_is_a_link_and_an_old_wal_index_lies_beside_it() {
+    let (dir, big) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let (file, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let old = std::fs::read(dir.path().join("kms.db-shm")).unwrap();
+    store.close().await;
+    let moved = big.path().join("moved.db");
+    std::fs::rename(&file, &moved).unwrap();
+    std::os::unix::fs::symlink(&moved, &file).unwrap();
+    std::fs::write(dir.path().join("kms.db-shm"), old).unwrap();
+    let store = SqliteStore::open(&file, false).await.unwrap();
+    let other = SqliteStore::open(&moved, false).await.unwrap();
+    for (lock, found) in [(Some(NOW), false), (None, true), (Some(NOW), false)] {
+        assert!(other.lock_api_key(id(3), lock).await.unwrap());
+        let caller = store.caller(id(2), &secret(1), NOW).await.unwrap();
+        assert_eq!(caller.is_some(), found, "{lock:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_link_that_leads_nowhere_is_not_followed_to_a_new_database() {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("kms.db");
+    std::os::unix::fs::symlink(dir.path().join("gone.db"), &file).unwrap();
+    std::fs::write(dir.path().join("gone.db-wal"), "what was told last").unwrap();
+    let begun = SqliteStore::open(&file, true).await;
+    assert!(matches!(begun, Err(StoreError::Unavailable(_))), "{begun:?}");
+    assert!(!dir.path().join("gone.db").exists());
+}
+
 /// The pool opens more than one connection at once, and the first one has to turn the file to another way of writing.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn a_new_database_opens_always() {

@@ -16,12 +16,16 @@ use std::time::Duration;
 use uuid::Uuid;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
-const GCM: Settings =
-    Settings { wdek_version: WdekVersion::V4_0_0, min_rotation_interval: Duration::ZERO };
+
+/// One that writes AES-GCM.
+async fn start() -> Server {
+    let wdek_version = WdekVersion::V4_0_0;
+    Server::start_with(Settings { wdek_version, ..Server::settings() }).await
+}
 
 #[tokio::test]
 async fn a_version_that_was_used_up_wraps_no_more_and_unwraps_still() {
-    let server = Server::start_with(GCM).await;
+    let server = start().await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
     let (wdek, version) = server.wrap(&token, &id, PLAINTEXT).await;
@@ -87,7 +91,7 @@ async fn a_crash_loses_less_than_was_used_and_an_orderly_end_nothing() {
 
 #[tokio::test]
 async fn a_server_gives_back_what_it_has_not_used_and_counts_what_was_repeated() {
-    let server = Server::start_with(GCM).await;
+    let server = start().await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
     let (_, version) = server.wrap(&token, &id, PLAINTEXT).await;
@@ -103,7 +107,7 @@ async fn a_server_gives_back_what_it_has_not_used_and_counts_what_was_repeated()
 
 #[tokio::test]
 async fn a_database_that_hangs_for_one_version_does_not_hold_up_another() {
-    let server = Server::start_with(GCM).await;
+    let server = start().await;
     let token = server.admin().await;
     let id = server.create_id(&token, "crk").await;
     let (_, version) = server.wrap(&token, &id, PLAINTEXT).await;
@@ -118,7 +122,7 @@ async fn a_database_that_hangs_for_one_version_does_not_hold_up_another() {
     };
     server.store.holds().await;
     let took = uses.take(&*server.app.store, version);
-    tokio::time::timeout(Duration::from_secs(5), took).await.unwrap().unwrap();
+    tokio::time::timeout(Duration::from_secs(60), took).await.unwrap().unwrap();
     assert!(!hangs.is_finished());
     server.store.set_fault(None);
     hangs.await.unwrap().unwrap();
@@ -127,7 +131,7 @@ async fn a_database_that_hangs_for_one_version_does_not_hold_up_another() {
 /// The vault does not ask again, and the service does, which counts it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_library_that_crashes_fails_no_wrap_with_aes_gcm() {
-    let Some(mut rig) = Rig::make_patient() else { return };
+    let Some(mut rig) = Rig::make() else { return };
     let config = rig.path("kms-server.yaml");
     let text = fs::read_to_string(&config).unwrap();
     let head = "SERVER_CONFIG:\n";
@@ -147,6 +151,57 @@ async fn a_library_that_crashes_fails_no_wrap_with_aes_gcm() {
     rig.kill();
     let store = SqliteStore::open(&rig.path("kms.db"), false).await.unwrap();
     assert_eq!(store.most_gcm_uses().await.unwrap(), FIRST_BLOCK, "a few of one block");
+}
+
+/// Old data opens, and the key can be changed, whatever the database does about the uses of the version that wraps.
+#[tokio::test]
+async fn an_unwrap_does_not_wait_for_the_database_to_wrap_anew() {
+    let server = start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (wdek, _) = server.wrap(&token, &id, PLAINTEXT).await;
+    server.rotate(&token, &id).await;
+    server.store.set_fault(Some(Fault::Hold(Step::ReserveUses)));
+    let opened = async {
+        for _ in 0..3 {
+            let opened = server.unwrap(&token, &id, &wdek).await.json();
+            assert_eq!(opened["plaintext"], PLAINTEXT, "{opened}");
+            assert!(opened.get("rewrappedKeyVersion").is_none(), "{opened}");
+        }
+        for action in ["disable", "enable"] {
+            let path = format!("/keys/{id}/actions/{action}");
+            assert_eq!(server.call(&token, "POST", &path, "").await.status, 204);
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), opened).await.unwrap();
+    server.store.holds().await;
+    server.store.set_fault(None);
+    let (_, second) = server.wrap(&token, &id, PLAINTEXT).await;
+    let opened = server.unwrap(&token, &id, &wdek).await.json();
+    assert_eq!(opened["rewrappedKeyVersion"]["id"], second);
+    let version = second.parse().unwrap();
+    assert_eq!(total(&server, version).await, FIRST_BLOCK, "reserved once, for all");
+}
+
+/// An unwrap of older data uses two versions.
+#[tokio::test]
+async fn each_use_of_a_version_is_in_the_audit_log() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (old, first) = server.wrap(&token, &id, PLAINTEXT).await;
+    server.rotate(&token, &id).await;
+    let (new, second) = server.wrap(&token, &id, PLAINTEXT).await;
+    for wdek in [&old, &new] {
+        assert_eq!(server.unwrap(&token, &id, wdek).await.status, 200);
+    }
+    let log = fs::read_to_string(server.dir.path().join("audit.log")).unwrap();
+    let of_unwraps = log.lines().map(serde_json::from_str::<serde_json::Value>);
+    let of_unwraps = of_unwraps.map(Result::unwrap).filter(|record| record["action"] == "unwrap");
+    let uses: Vec<_> =
+        of_unwraps.map(|one| (one["version"].clone(), one["rewrapped"].clone())).collect();
+    let none = serde_json::Value::Null;
+    assert_eq!(uses, [(first.into(), second.clone().into()), (second.into(), none)]);
 }
 
 /// One that nothing was wrapped with.

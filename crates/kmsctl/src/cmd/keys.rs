@@ -21,7 +21,8 @@ Examples:
   kmsctl keys import old-crk --material-file crk.b64
   kmsctl keys rotate 7d2e…                           add a version; what older versions wrapped stays readable
   kmsctl keys disable 7d2e…                          what it wrapped is unreadable until `keys enable`
-  kmsctl keys delete 7d2e…                           asks first";
+  kmsctl keys delete 7d2e…                           asks first
+  kmsctl keys purge 7d2e…                            removes a deleted key for good; asks first";
 
 /// The service's largest page.
 const PAGE: u32 = 200;
@@ -92,6 +93,14 @@ enum Verb {
         #[arg(long)]
         yes: bool,
     },
+    /// Remove a deleted key for good, out of the HSM too; needs the role KeyPurge, 4 hours after it was deleted
+    Purge {
+        /// Id
+        id: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,10 +153,24 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
         }
         Verb::Delete { id, yes } => {
             if !yes {
-                confirm(&client.get_key(&id, call).await?, &id, &mut std::io::stdin().lock())?;
+                let key = client.get_key(&id, call).await?;
+                let name = key.name.as_deref().unwrap_or("(no name)");
+                eprintln!(
+                    "Everything that the key {name:?} ({id}) wraps becomes unreadable for ever."
+                );
+                confirm("delete", &id, &mut std::io::stdin().lock())?;
             }
             client.delete_key(&id, call).await?;
             output.thing(&[("deleted", Some(id.clone()))], &serde_json::json!({"deleted": id}))
+        }
+        Verb::Purge { id, yes } => {
+            if !yes {
+                // The role that purges reads nothing: not even a name.
+                eprintln!("The HSM destroys the key {id}, and nothing is known of it any more.");
+                confirm("purge", &id, &mut std::io::stdin().lock())?;
+            }
+            client.purge_key(&id, call).await?;
+            output.thing(&[("purged", Some(id.clone()))], &serde_json::json!({"purged": id}))
         }
     }
 }
@@ -205,10 +228,8 @@ fn show(mut key: KeyResource, output: &mut Output<'_>) -> Result<(), Error> {
     output.thing(&members, &key)
 }
 
-fn confirm(key: &KeyResource, id: &str, input: &mut impl BufRead) -> Result<(), Error> {
-    let name = key.name.as_deref().unwrap_or("(no name)");
-    eprintln!("Everything that the key {name:?} ({id}) wraps becomes unreadable for ever.");
-    eprint!("Type the id to delete it: ");
+fn confirm(verb: &str, id: &str, input: &mut impl BufRead) -> Result<(), Error> {
+    eprint!("Type the id to {verb} it: ");
     let failed = |cause| Error::File { path: "standard input".to_owned(), cause };
     std::io::stderr().flush().map_err(failed)?;
     let mut answer = String::new();
@@ -295,10 +316,9 @@ mod tests {
 
     #[test]
     fn only_the_exact_id_confirms() {
-        let key = KeyResource { name: Some("crk".to_owned()), ..KeyResource::default() };
-        assert!(confirm(&key, "7d2e", &mut "7d2e\n".as_bytes()).is_ok());
+        assert!(confirm("purge", "7d2e", &mut "7d2e\n".as_bytes()).is_ok());
         for answer in ["", "\n", "y\n", "7d2\n", "7d2e7d2e\n"] {
-            let refused = confirm(&key, "7d2e", &mut answer.as_bytes());
+            let refused = confirm("purge", "7d2e", &mut answer.as_bytes());
             assert!(matches!(refused, Err(Error::NotConfirmed { .. })), "{answer:?}");
         }
     }

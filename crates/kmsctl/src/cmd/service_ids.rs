@@ -11,7 +11,8 @@ pub(crate) const EXAMPLES: &str = "\
 Examples:
   kmsctl service-ids list
   kmsctl service-ids create node-plugin --role Viewer --instance 5f0c2a4e-…
-  kmsctl service-ids create operations --role Administrator --every-instance";
+  kmsctl service-ids create operations --role Administrator --every-instance
+  kmsctl service-ids delete ServiceId-…";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -27,6 +28,11 @@ enum Verb {
     List,
     /// Make a service ID; it can do nothing until it has an API key
     Create(Create),
+    /// End a service ID with its policies, API keys and profiles, and at once every token that was got with them
+    Delete {
+        /// The id, as `list` shows it
+        id: String,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -66,6 +72,10 @@ pub(crate) async fn run(args: Args, output: &mut Output<'_>) -> Result<(), Error
                 ("description", made.description.clone()),
             ];
             output.thing(&members, &made)
+        }
+        Verb::Delete { id } => {
+            management.delete_service_id(&id, call).await?;
+            output.thing(&[("deleted", Some(id.clone()))], &serde_json::json!({"deleted": id}))
         }
     }
 }

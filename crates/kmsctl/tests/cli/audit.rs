@@ -11,7 +11,7 @@ use aws_lc_rs::rsa::{KeyPair, KeySize};
 use aws_lc_rs::signature::{KeyPair as _, RSA_PKCS1_SHA256};
 use kms_core::audit::anchor::{Anchor, PublicKey, Statement};
 use kms_core::audit::{Content, Event, Link};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -298,6 +298,77 @@ async fn records_are_found_by_each_of_their_members() {
 }
 
 #[tokio::test]
+async fn refused_tokens_are_found_and_what_nobody_was_answered_is_no_refusal() {
+    let logs = Logs::new();
+    let mut node = logs.node("three");
+    for (action, outcome, count) in [
+        ("use_token", "TOKEN_EXPIRED", None),
+        ("use_token", "TOKEN_SIGNATURE", Some(97)),
+        ("issue_token", "UNKNOWN_API_KEY", None),
+        ("wrap", "done", None),
+        ("wrap", "unanswered", None),
+    ] {
+        node.add(&Content::Event(Event {
+            node: "three".into(),
+            at: "2026-01-01T00:00:00Z".into(),
+            action: action.into(),
+            outcome: outcome.into(),
+            peer: Some("192.0.2.9:40000".into()),
+            count,
+            ..Event::default()
+        }));
+    }
+    node.end_file("three.log");
+    let seen = async |filter: &[&str]| {
+        let output = logs.audit(&[&["query", "three.log"], filter].concat()).await;
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        stdout(&output).lines().skip(1).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let tokens = seen(&["--action", "use_token", "--outcome", "refused"]).await;
+    assert_eq!(tokens.len(), 2, "{tokens:?}");
+    assert!(tokens[0].ends_with("use_token         TOKEN_EXPIRED     from 192.0.2.9:40000"));
+    assert!(tokens[1].ends_with("from 192.0.2.9:40000  times 97"), "{tokens:?}");
+    assert_eq!(seen(&["--outcome", "refused"]).await.len(), 3);
+    assert_eq!(seen(&["--outcome", "TOKEN_SIGNATURE"]).await.len(), 1);
+    assert_eq!(seen(&["--outcome", "unanswered"]).await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_beginning_that_the_server_did_not_find_is_told_and_is_sound_where_it_is_read() {
+    let logs = Logs::new();
+    let mut node = logs.node("three");
+    node.records(1..=20);
+    node.end_file("three.log.1");
+    node.records(21..=30);
+    node.add(&Content::Event(Event {
+        node: "three".into(),
+        at: "2026-01-02T00:00:00Z".into(),
+        action: "audit_past_missing".into(),
+        outcome: "done".into(),
+        correlation: Some("record 10 before record 21".into()),
+        ..Event::default()
+    }));
+    node.end_file("three.log");
+    let told = "did not find a file of the log where it was left: once, the last time at record 31, \
+                2026-01-02T00:00:00Z: audit_past_missing (record 10 before record 21)";
+    let both = logs.audit(&["verify", "three.log", "three.log.1", "--first", "1"]).await;
+    assert_eq!(both.status.code(), Some(0), "{}", stderr(&both));
+    assert!(stdout(&both).contains(told), "{}", stderr(&both));
+    assert!(stdout(&both).contains("looked for above, from record 1 on"), "{}", stderr(&both));
+    let alone = logs.audit(&["verify", "three.log"]).await;
+    assert_eq!(alone.status.code(), Some(0), "{}", stderr(&alone));
+    assert!(stdout(&alone).contains(told), "{}", stderr(&alone));
+    let missing = "what was before record 21 is not among these files: check that you have it";
+    assert!(stdout(&alone).contains(missing), "{}", stderr(&alone));
+    let missing = logs.audit(&["verify", "three.log", "--first", "1"]).await;
+    assert_eq!(missing.status.code(), Some(1), "{}", stderr(&missing));
+    let json = logs.audit(&["verify", "three.log", "-o", "json"]).await;
+    let json: Value = serde_json::from_str(stdout(&json)).unwrap();
+    let chain = &json["chains"][0];
+    assert_eq!((&chain["losses"], &chain["last_loss"]["record"]), (&json!(1), &json!(31)));
+}
+
+#[tokio::test]
 async fn the_last_records_are_shown_and_those_that_come_also_behind_a_rotation() {
     let logs = Logs::new();
     let last = logs.audit(&["tail", "-n", "3", "one.log"]).await;
@@ -333,7 +404,7 @@ async fn the_last_records_are_shown_and_those_that_come_also_behind_a_rotation()
     assert!(first.unwrap().contains("uid uid-41 "));
     fs::rename(logs.path("one.log"), logs.path("one.log.2")).unwrap();
     append("one.log", 42);
-    let after = std::iter::repeat_with(|| seen.recv_timeout(wait * 30).unwrap());
+    let after = std::iter::repeat_with(|| seen.recv_timeout(wait * 200).unwrap());
     assert!(after.take(100).any(|line| line.contains("uid uid-42 ")));
     child.kill().unwrap();
     child.wait().unwrap();

@@ -127,6 +127,21 @@ async fn key_material_is_never_shown() {
 }
 
 #[tokio::test]
+async fn a_key_is_purged_only_after_its_id_was_typed_and_nothing_is_read_for_it() {
+    let server = service().await;
+    let refused = managing(&server, &["keys", "purge", KEY], "y\n").await;
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(stderr(&refused).contains("nothing was changed") && stderr(&refused).contains("--yes"));
+    assert!(sent(&server, "DELETE").is_empty());
+    let purged = managing(&server, &["keys", "purge", KEY], &format!("{KEY}\n")).await;
+    assert!(purged.status.success(), "{purged:?}");
+    assert!(managing(&server, &["keys", "purge", KEY, "--yes"], "").await.status.success());
+    let paths: Vec<_> = sent(&server, "DELETE").into_iter().map(|asked| asked.path).collect();
+    assert_eq!(paths, vec![format!("/api/v2/keys/{KEY}/purge"); 2]);
+    assert!(sent(&server, "GET").is_empty(), "the role may not");
+}
+
+#[tokio::test]
 async fn a_key_is_deleted_only_after_its_id_was_typed() {
     let server = service().await;
     let refused = managing(&server, &["keys", "delete", KEY], "y\n").await;
@@ -211,7 +226,11 @@ async fn policies_and_profiles_are_made_listed_and_deleted() {
     let who = ["--namespace", "ns", "--service-account", "sa"];
     let create = [&["profiles", "create", "node"][..], &issuer, &who].concat();
     assert!(stdout(&managing(&server, &create, "").await).contains("Profile-1"));
-    for delete in [["policies", "delete", "Policy-1"], ["profiles", "delete", "Profile-1"]] {
+    for delete in [
+        ["policies", "delete", "Policy-1"],
+        ["profiles", "delete", "Profile-1"],
+        ["service-ids", "delete", "ServiceId-1"],
+    ] {
         assert!(managing(&server, &delete, "").await.status.success());
     }
     let bodies: Vec<String> = sent(&server, "POST").into_iter().map(|asked| asked.body).collect();

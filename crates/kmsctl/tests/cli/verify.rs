@@ -154,11 +154,12 @@ async fn values_too_long_for_one_page_are_read_in_smaller_ones() {
 #[tokio::test]
 async fn a_dead_endpoint_is_passed_over() {
     let port = Store::with(secrets(1)).serve(None).await;
-    let dead = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    // On an address that no other test listens on.
+    let dead = TcpListener::bind("127.255.0.1:0").await.unwrap().local_addr().unwrap();
     // As etcdctl takes them: without a scheme.
-    let endpoints = format!("127.0.0.1:{dead},127.0.0.1:{port}");
+    let endpoints = format!("{dead},127.0.0.1:{port}");
     assert_eq!(json(&endpoints, &[]).await.1["objects"], 1);
-    let output = verify(&url(dead), &[]).await;
+    let output = verify(&format!("http://{dead}"), &[]).await;
     assert_eq!(output.status.code(), Some(2));
     assert!(stderr(&output).contains("cannot be reached"), "{}", stderr(&output));
     assert!(stderr(&output).contains("--etcd-endpoints"), "{}", stderr(&output));

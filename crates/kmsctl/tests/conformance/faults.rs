@@ -1,14 +1,21 @@
 //! One run for each fault.
 
 use crate::double::Fault;
-use crate::program::{names, report};
+use crate::program::{ATTEMPTS, is_late, names, report};
 use crate::server::Server;
 
 /// Each fault, and the names of the cases that must fail, in the order of the report.
 async fn found(faults: &[(Fault, &[&str])]) {
     for (fault, expected) in faults {
-        let server = Server::start(*fault);
-        let (code, report) = report(&server, &[], "2s").await;
+        // Some misbehave once: a machine that was too slow for them meets another one.
+        let mut judged = report(&Server::start(*fault), &[], "2s").await;
+        for _ in 0..ATTEMPTS {
+            if !is_late(&judged.1, expected) {
+                break;
+            }
+            judged = report(&Server::start(*fault), &[], "2s").await;
+        }
+        let (code, report) = judged;
         assert_eq!(names(&report, "fail"), *expected, "{fault:?}: {report:#}");
         assert_eq!(code, Some(1), "{fault:?}");
     }

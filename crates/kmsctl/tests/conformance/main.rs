@@ -30,6 +30,33 @@ mod program {
         tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
     }
 
+    /// As [`report`]; where a server is found to be slow that is not, the machine had other work to do, and it is judged
+    /// again.
+    pub(crate) async fn calm_report(
+        server: &Server,
+        more: &[&str],
+        timeout: &str,
+    ) -> (Option<i32>, Value) {
+        let mut judged = report(server, more, timeout).await;
+        for _ in 0..ATTEMPTS {
+            if !is_late(&judged.1, &[]) {
+                break;
+            }
+            judged = report(server, more, timeout).await;
+        }
+        judged
+    }
+
+    /// How often one is judged again that is slow.
+    pub(crate) const ATTEMPTS: usize = 10;
+
+    /// Whether a time was too long where none should be.
+    pub(crate) fn is_late(report: &Value, expected: &[&str]) -> bool {
+        let measured = ["status-prompt", "status-shared"];
+        let failed = names(report, "fail");
+        measured.iter().any(|name| failed.contains(name) && !expected.contains(name))
+    }
+
     /// The JSON report on a server.
     pub(crate) async fn report(
         server: &Server,

@@ -1,13 +1,13 @@
 //! What is judged, and how it is told.
 
 use crate::double::Fault;
-use crate::program::{conformance, names, report};
+use crate::program::{calm_report, conformance, names};
 use crate::server::Server;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_plugin_that_does_everything_right_passes_every_case() {
     let server = Server::start(Fault::None);
-    let (code, report) = report(&server, &["--api", "both"], "2s").await;
+    let (code, report) = calm_report(&server, &["--api", "both"], "2s").await;
     assert_eq!(
         names(&report, "pass").len(),
         report["cases"].as_array().unwrap().len(),
@@ -25,7 +25,7 @@ async fn a_plugin_that_does_everything_right_passes_every_case() {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_path_is_sent_to_an_abstract_socket() {
     let server = Server::on_an_abstract_socket();
-    let (code, report) = report(&server, &[], "2s").await;
+    let (code, report) = calm_report(&server, &[], "2s").await;
     assert_eq!(names(&report, "skip"), ["authority-encoded-path", "authority-raw-path"]);
     assert_eq!((code, &report["failed"]), (Some(0), &0.into()), "{report:#}");
 }
@@ -33,13 +33,13 @@ async fn no_path_is_sent_to_an_abstract_socket() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_version_is_enough_unless_both_are_asked_for() {
     let server = Server::start(Fault::NoV1);
-    let (code, whatever) = report(&server, &[], "2s").await;
+    let (code, whatever) = calm_report(&server, &[], "2s").await;
     assert_eq!((code, &whatever["failed"]), (Some(0), &0.into()), "{whatever:#}");
     assert!(names(&whatever, "skip").contains(&"ping"));
-    let (code, v2) = report(&server, &["--api", "v2"], "2s").await;
+    let (code, v2) = calm_report(&server, &["--api", "v2"], "2s").await;
     assert_eq!((code, &v2["skipped"]), (Some(0), &0.into()), "{v2:#}");
     for api in ["v1", "both"] {
-        let (code, required) = report(&server, &["--api", api], "2s").await;
+        let (code, required) = calm_report(&server, &["--api", api], "2s").await;
         assert_eq!((code, names(&required, "fail")), (Some(1), vec!["services"]), "{api}");
     }
 }

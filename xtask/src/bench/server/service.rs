@@ -172,7 +172,7 @@ pub(super) fn run_load(programs: &Path, dir: &Path, task: &Value) -> Result<Valu
 /// `base` with ports, audit log and name of its own. The issuer stays, so that one token is good everywhere.
 fn configuration(base: &str, kind: Kind, dir: &Path, ports: [u16; 3]) -> String {
     let workers = if let Kind::Workers(workers) = kind { workers } else { USUAL_WORKERS };
-    // Rates are what is measured, so nothing but the no-op is limited by one.
+    // Rates are what is measured, so nothing but the no-op is limited by one; and all connections are to one port.
     let rate = u32::from(kind == Kind::Noop);
     let [keys, tokens, health] = ports;
     let mut text = String::new();
@@ -182,7 +182,8 @@ fn configuration(base: &str, kind: Kind, dir: &Path, ports: [u16; 3]) -> String 
             Some("TOKENS_ADDRESS") => format!("  TOKENS_ADDRESS: \"127.0.0.1:{tokens}\""),
             Some("HEALTH_ADDRESS") => format!("  HEALTH_ADDRESS: \"127.0.0.1:{health}\""),
             Some("AUDIT_FILE") => format!(
-                "  AUDIT_FILE: \"{}\"\n  NODE_ID: \"{}\"\n  MAX_RATE_PER_INSTANCE: {rate}",
+                "  AUDIT_FILE: \"{}\"\n  NODE_ID: \"{}\"\n  MAX_RATE_PER_INSTANCE: {rate}\n  \
+                 MAX_RATE_PER_CALLER: 0\n  MAX_CONNECTIONS: 1024",
                 dir.join("audit.log").display(),
                 kind.folder()
             ),
@@ -227,7 +228,7 @@ mod tests {
         assert_eq!(
             text,
             "SERVER_CONFIG:\n  KEYS_ADDRESS: \"127.0.0.1:10\"\n  ISSUER_URL: \"https://x\"\n  AUDIT_FILE: \"/d/audit.log\"\n  \
-             NODE_ID: \"workers-4\"\n  MAX_RATE_PER_INSTANCE: 0\nHSM:\n  SESSIONS: 4\n  TOKEN_LABEL: \"t\"\n"
+             NODE_ID: \"workers-4\"\n  MAX_RATE_PER_INSTANCE: 0\n  MAX_RATE_PER_CALLER: 0\n  MAX_CONNECTIONS: 1024\nHSM:\n  SESSIONS: 4\n  TOKEN_LABEL: \"t\"\n"
         );
     }
 }

@@ -43,6 +43,24 @@ impl Access for SqliteStore {
         Ok(service_ids(&rows)?.pop())
     }
 
+    async fn remove_service_id(&self, id: Uuid) -> Result<bool, StoreError> {
+        let mut tx = self.write().await?;
+        let before = administrators(&mut tx).await?;
+        let mut removed = 0;
+        for statement in [
+            "DELETE FROM profiles WHERE service_id = ?",
+            "DELETE FROM api_keys WHERE service_id = ?",
+            "DELETE FROM policies WHERE service_id = ?",
+            "DELETE FROM service_ids WHERE id = ?",
+        ] {
+            let done = sqlx::query(statement).bind(id.to_string()).execute(&mut *tx).await?;
+            removed = done.rows_affected();
+        }
+        before.outlived_by(administrators(&mut tx).await?)?;
+        tx.commit().await?;
+        Ok(removed == 1)
+    }
+
     async fn add_policy(&self, policy: &Policy) -> Result<(), StoreError> {
         let mut tx = self.write().await?;
         insert_policy(&mut tx, policy).await?;
@@ -51,24 +69,12 @@ impl Access for SqliteStore {
 
     async fn remove_policy(&self, id: Uuid) -> Result<bool, StoreError> {
         let mut tx = self.write().await?;
-        let others: Option<i64> = sqlx::query_scalar(
-            "SELECT (SELECT count(*) FROM policies
-                     WHERE role = it.role AND instance_id IS NULL AND id <> it.id)
-             FROM policies it WHERE id = ? AND role = ? AND instance_id IS NULL",
-        )
-        .bind(id.to_string())
-        .bind(Role::ClusterAdministrator.name())
-        .fetch_optional(&mut *tx)
-        .await?;
-        if others == Some(0) {
-            let why = "this is the last ClusterAdministrator of the server, without whom nobody can \
-                       manage it: give another service ID that role first";
-            return Err(StoreError::Conflict(why.into()));
-        }
+        let before = administrators(&mut tx).await?;
         let done = sqlx::query("DELETE FROM policies WHERE id = ?")
             .bind(id.to_string())
             .execute(&mut *tx)
             .await?;
+        before.outlived_by(administrators(&mut tx).await?)?;
         tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
@@ -101,14 +107,18 @@ impl Access for SqliteStore {
     }
 
     async fn lock_api_key(&self, id: Uuid, at: Option<OffsetDateTime>) -> Result<bool, StoreError> {
+        let mut tx = self.write().await?;
+        let before = administrators(&mut tx).await?;
         let done = sqlx::query(
             "UPDATE api_keys SET locked_at = ?1
              WHERE id = ?2 AND revoked_at IS NULL AND (locked_at IS NULL) = (?1 IS NOT NULL)",
         )
         .bind(at.map(nanoseconds).transpose()?)
         .bind(id.to_string())
-        .execute(&self.pool)
+        .execute(&mut *tx)
         .await?;
+        before.outlived_by(administrators(&mut tx).await?)?;
+        tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
@@ -128,12 +138,16 @@ impl Access for SqliteStore {
     }
 
     async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError> {
+        let mut tx = self.write().await?;
+        let before = administrators(&mut tx).await?;
         let done =
             sqlx::query("UPDATE api_keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL")
                 .bind(nanoseconds(at)?)
                 .bind(id.to_string())
-                .execute(&self.pool)
+                .execute(&mut *tx)
                 .await?;
+        before.outlived_by(administrators(&mut tx).await?)?;
+        tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
@@ -243,6 +257,45 @@ impl Access for SqliteStore {
             caller(&rows, |row| Ok(Credential::Profile(uuid(row, "profile")?)))
         };
         self.profiles.get(&self.wal_index, id, ask).await
+    }
+}
+
+/// By what the whole server can be managed.
+#[derive(Debug, Clone, Copy)]
+struct Administrators {
+    /// Whoever could log in.
+    policies: i64,
+    /// That are good now.
+    api_keys: i64,
+}
+
+async fn administrators(tx: &mut Tx) -> Result<Administrators, StoreError> {
+    let row = sqlx::query(
+        "WITH them AS (SELECT service_id FROM policies WHERE role = ? AND instance_id IS NULL)
+         SELECT (SELECT count(*) FROM them) AS policies,
+                (SELECT count(*) FROM api_keys WHERE revoked_at IS NULL AND locked_at IS NULL
+                     AND service_id IN (SELECT service_id FROM them)) AS api_keys",
+    )
+    .bind(Role::ClusterAdministrator.name())
+    .fetch_one(&mut **tx)
+    .await?;
+    Ok(Administrators { policies: row.try_get("policies")?, api_keys: row.try_get("api_keys")? })
+}
+
+impl Administrators {
+    /// Whether a change that leaves `after` may be committed. What is lost already is in nobody's way.
+    fn outlived_by(self, after: Administrators) -> Result<(), StoreError> {
+        let ends = |before: i64, after: i64| before > 0 && after == 0;
+        let why = if ends(self.policies, after.policies) {
+            "this is the last ClusterAdministrator of the server, without whom nobody can manage it: give another \
+             service ID that role and an API key first"
+        } else if ends(self.api_keys, after.api_keys) {
+            "without this, no ClusterAdministrator of the server can log in by an API key, and nobody can manage it for \
+             good: make or unlock another one's API key first"
+        } else {
+            return Ok(());
+        };
+        Err(StoreError::Conflict(why.into()))
     }
 }
 

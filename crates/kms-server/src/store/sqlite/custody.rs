@@ -15,7 +15,7 @@ impl Custody for SqliteStore {
     async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError> {
         let rows = sqlx::query(
             "SELECT k.instance_id, k.id AS key_id, v.id, v.number IS NULL AS pending,
-                    v.created_at, v.check_value
+                    k.purge_begun_at IS NOT NULL AS purging, v.created_at, v.check_value
              FROM key_versions v JOIN keys k ON k.id = v.key_id
              ORDER BY k.instance_id, k.id, v.created_at, v.id",
         )
@@ -48,21 +48,30 @@ impl Custody for SqliteStore {
     }
 
     async fn adopt_version(&self, adopted: &Adopted) -> Result<(), StoreError> {
+        let mut tx = self.write().await?;
         // Below the first number: a lower one than any wraps with.
         let done = sqlx::query(
             "INSERT INTO key_versions (id, key_id, number, created_at, check_value, gcm_uses)
-             SELECT ?1, key_id, min(number) - 1, ?3, ?4, ?5 FROM key_versions
-             WHERE key_id = ?2 AND number IS NOT NULL GROUP BY key_id
-             ON CONFLICT (id) DO NOTHING",
+             SELECT ?1, k.id, coalesce(min(v.number), 2) - 1, ?3, ?4, ?5
+             FROM keys k LEFT JOIN key_versions v ON v.key_id = k.id WHERE k.id = ?2 GROUP BY k.id
+             ON CONFLICT (id) DO UPDATE SET number = excluded.number, gcm_uses = excluded.gcm_uses,
+                 check_value = excluded.check_value
+             WHERE number IS NULL AND key_id = excluded.key_id
+                 AND coalesce(check_value, excluded.check_value) = excluded.check_value",
         )
         .bind(adopted.version.to_string())
         .bind(adopted.key.to_string())
         .bind(nanoseconds(adopted.at)?)
         .bind(adopted.check_value.as_slice())
         .bind(number(uses::LIMIT)?)
-        .execute(&self.pool)
+        .execute(&mut *tx)
         .await?;
-        expect_one(done.rows_affected(), "the key does not exist, or the version is known")
+        expect_one(done.rows_affected(), "the key does not exist, or knows the version otherwise")?;
+        sqlx::query("UPDATE keys SET state = 1 WHERE id = ? AND state = -1")
+            .bind(adopted.key.to_string())
+            .execute(&mut *tx)
+            .await?;
+        Ok(tx.commit().await?)
     }
 
     async fn token_serial(&self) -> Result<Option<String>, StoreError> {
@@ -91,6 +100,7 @@ fn known_version(row: &SqliteRow) -> Result<KnownVersion, StoreError> {
         key: uuid(row, "key_id")?,
         version,
         pending: row.try_get("pending")?,
+        purging: row.try_get("purging")?,
         created_at: stamp(row, "created_at")?,
         check_value: value
             .map_err(|_| StoreError::Corrupt(format!("the check value of {version}")))?,

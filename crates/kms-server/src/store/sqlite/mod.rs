@@ -5,6 +5,7 @@
 mod access;
 mod copy;
 mod custody;
+mod purge;
 mod recent;
 mod rows;
 mod trail;
@@ -60,8 +61,12 @@ impl SqliteStore {
             make_private(file)
                 .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
         }
+        // What belongs to a database lies beside the file itself, wherever links to it are.
+        let real = file
+            .canonicalize()
+            .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
         let options = SqliteConnectOptions::new()
-            .filename(file)
+            .filename(&real)
             .create_if_missing(false)
             .journal_mode(SqliteJournalMode::Wal)
             // FULL: a commit that was acknowledged survives a power cut, in WAL mode too.
@@ -86,7 +91,11 @@ impl SqliteStore {
             .run(&pool)
             .await
             .map_err(|e| StoreError::Unavailable(format!("{}: {e}", file.display())))?;
-        Ok(Self { wal_index: WalIndex::of(file), ..Self::over(pool) })
+        let wal_index = WalIndex::proven(&pool, &real).await.unwrap_or_else(|error| {
+            tracing::warn!("The database is asked with every request, since nothing can be written to it: {error}");
+            WalIndex::none()
+        });
+        Ok(Self { wal_index, ..Self::over(pool) })
     }
 
     fn over(pool: SqlitePool) -> Self {
@@ -112,6 +121,12 @@ fn lock(instances: &Mutex<HashSet<Uuid>>) -> MutexGuard<'_, HashSet<Uuid>> {
 
 /// SQLite would read what is left of a database that is gone into the new one, or remove it.
 fn refuse_remains(file: &Path) -> Result<(), StoreError> {
+    if file.is_symlink() && !file.exists() {
+        return Err(StoreError::Unavailable(format!(
+            "{} is a link to a database that is not there: bring that back, or remove the link",
+            file.display()
+        )));
+    }
     let left = sides(file).into_iter().find(|side| !file.exists() && side.exists());
     left.map_or(Ok(()), |side| {
         Err(StoreError::Unavailable(format!(
@@ -134,6 +149,7 @@ fn migrations() -> Migrator {
         ("access", include_str!("../../../migrations/0003_access.sql")),
         ("audit anchors", include_str!("../../../migrations/0004_audit_anchors.sql")),
         ("check values", include_str!("../../../migrations/0005_check_values.sql")),
+        ("purge", include_str!("../../../migrations/0006_purge.sql")),
     ];
     let migrations = (1..).zip(texts).map(|(number, (name, text))| {
         Migration::new(number, name.into(), MigrationType::Simple, text.into_sql_str(), false)
@@ -187,6 +203,11 @@ impl Store for SqliteStore {
 
     async fn add_signing_key(&self, key: &SigningKey) -> Result<(), StoreError> {
         let mut tx = self.write().await?;
+        // The newest is in charge, also where the one before was made under a clock that was ahead.
+        sqlx::query("UPDATE signing_keys SET created_at = ?1 - 1 WHERE created_at >= ?1")
+            .bind(nanoseconds(key.created_at)?)
+            .execute(&mut *tx)
+            .await?;
         insert_signing_key(&mut tx, key).await?;
         Ok(tx.commit().await?)
     }
@@ -445,6 +466,29 @@ impl Store for SqliteStore {
         .execute(&self.pool)
         .await?;
         Ok(done.rows_affected() == 1)
+    }
+
+    async fn begin_purge(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        at: OffsetDateTime,
+    ) -> Result<(), StoreError> {
+        let mut tx = self.write().await?;
+        purge::begin(&mut tx, instance, id, at).await?;
+        Ok(tx.commit().await?)
+    }
+
+    async fn finish_purge(
+        &self,
+        id: Uuid,
+        versions: &[Uuid],
+        at: OffsetDateTime,
+    ) -> Result<bool, StoreError> {
+        let mut tx = self.write().await?;
+        let done = purge::finish(&mut tx, id, versions, at).await?;
+        tx.commit().await?;
+        Ok(done)
     }
 }
 

@@ -9,6 +9,7 @@
 //! Where there is no such file, or it looks otherwise, everything is asked of the database.
 
 use crate::store::StoreError;
+use sqlx::sqlite::SqlitePool;
 use std::collections::HashMap;
 use std::fs::File;
 use std::hash::Hash;
@@ -47,11 +48,29 @@ struct Kept<K, V> {
 }
 
 impl WalIndex {
-    /// That of `database`, which is open.
-    pub(super) fn of(database: &Path) -> WalIndex {
+    /// That of `database`, which is open, and is no link: the file beside it, whoever left it there.
+    fn of(database: &Path) -> WalIndex {
         let mut path = database.as_os_str().to_owned();
         path.push("-shm");
         WalIndex(File::open(path).ok().map(ManuallyDrop::new))
+    }
+
+    /// The same, where a commit of our own shows in it. One that something else left there under that name never changes,
+    /// and no revocation would ever be heard of again.
+    ///
+    /// # Errors
+    /// Nothing can be written to the database behind `pool`.
+    pub(super) async fn proven(
+        pool: &SqlitePool,
+        database: &Path,
+    ) -> Result<WalIndex, sqlx::Error> {
+        let mut tx = pool.begin_with("BEGIN IMMEDIATE").await?;
+        let index = WalIndex::of(database);
+        let before = index.header();
+        // The number that is there: it is written again, and nothing changes.
+        sqlx::query("PRAGMA user_version = 0").execute(&mut *tx).await?;
+        tx.commit().await?;
+        Ok(if index.header() == before { WalIndex::none() } else { index })
     }
 
     pub(super) fn none() -> WalIndex {
@@ -118,6 +137,7 @@ impl<K: Eq + Hash, V: Clone> Recent<K, V> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::SqliteStore;
     use std::path::PathBuf;
     use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -217,6 +237,18 @@ mod tests {
         std::fs::remove_file(double.path()).unwrap();
         double.commit(5);
         assert_ne!(double.get(1).await, double.get(1).await, "it is another file");
+    }
+
+    #[tokio::test]
+    async fn a_wal_index_that_no_commit_shows_in_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("kms.db");
+        let store = SqliteStore::open(&file, true).await.unwrap();
+        assert!(store.wal_index.header().is_some(), "its own is");
+        std::fs::copy(dir.path().join("kms.db-shm"), dir.path().join("other.db-shm")).unwrap();
+        let other = dir.path().join("other.db");
+        assert!(WalIndex::of(&other).header().is_some(), "it looks well");
+        assert!(WalIndex::proven(&store.pool, &other).await.unwrap().header().is_none());
     }
 
     #[tokio::test]

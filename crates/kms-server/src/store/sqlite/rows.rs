@@ -33,6 +33,7 @@ pub(super) fn key(row: &SqliteRow) -> Result<Key, StoreError> {
         rotated_at: optional_stamp(row, "rotated_at")?,
         deleted_at: optional_stamp(row, "deleted_at")?,
         deleted_by: row.try_get("deleted_by")?,
+        purge_begun_at: optional_stamp(row, "purge_begun_at")?,
         version: Version {
             id: uuid(row, "version_id")?,
             created_at: stamp(row, "version_created_at")?,
@@ -157,6 +158,9 @@ pub(super) fn reach(wanted: &Wanted) -> Option<String> {
     }
 }
 
+/// SQLITE_CONSTRAINT_TRIGGER: a trigger of ours has said no.
+const TRIGGER: &str = "1811";
+
 impl From<sqlx::Error> for StoreError {
     fn from(error: sqlx::Error) -> Self {
         match error {
@@ -165,6 +169,9 @@ impl From<sqlx::Error> for StoreError {
             }
             sqlx::Error::Database(e) if e.is_foreign_key_violation() => {
                 StoreError::Conflict("what it belongs to does not exist".into())
+            }
+            sqlx::Error::Database(e) if e.code().as_deref() == Some(TRIGGER) => {
+                StoreError::Conflict(e.message().into())
             }
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnNotFound(_) => {
                 StoreError::Corrupt(error.to_string())

@@ -24,6 +24,8 @@ pub(crate) enum Step {
     ActivateVersion,
     SuspendKey,
     DeleteKey,
+    BeginPurge,
+    FinishPurge,
     RotateApiKey,
     RevokeApiKey,
     ReserveUses,
@@ -103,6 +105,10 @@ impl Access for FaultyStore {
 
     async fn service_id(&self, id: Uuid) -> Result<Option<ServiceId>, StoreError> {
         self.read()?.service_id(id).await
+    }
+
+    async fn remove_service_id(&self, id: Uuid) -> Result<bool, StoreError> {
+        self.read()?.remove_service_id(id).await
     }
 
     async fn add_policy(&self, policy: &Policy) -> Result<(), StoreError> {
@@ -299,6 +305,24 @@ impl Store for FaultyStore {
         by: &str,
     ) -> Result<bool, StoreError> {
         self.step(Step::DeleteKey, self.store.delete_key(instance, id, at, by)).await
+    }
+
+    async fn begin_purge(
+        &self,
+        instance: Uuid,
+        id: Uuid,
+        at: OffsetDateTime,
+    ) -> Result<(), StoreError> {
+        self.step(Step::BeginPurge, self.store.begin_purge(instance, id, at)).await
+    }
+
+    async fn finish_purge(
+        &self,
+        id: Uuid,
+        versions: &[Uuid],
+        at: OffsetDateTime,
+    ) -> Result<bool, StoreError> {
+        self.step(Step::FinishPurge, self.store.finish_purge(id, versions, at)).await
     }
 }
 

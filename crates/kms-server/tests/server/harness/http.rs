@@ -48,6 +48,16 @@ pub(crate) async fn ask(
     try_ask(address, ca, method, path, headers, body).await.unwrap()
 }
 
+/// What a port without TLS says.
+pub(crate) async fn plain(address: SocketAddr, path: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET {path} HTTP/1.0\r\nhost: x\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
 /// A connection that stays open, for requests whose time must not be that of a handshake.
 pub(crate) struct Connection(TlsStream<TcpStream>);
 

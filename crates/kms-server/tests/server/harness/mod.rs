@@ -2,28 +2,25 @@
 //! clock that moves only when told to.
 
 pub(crate) mod canary;
+pub(crate) mod disk;
 pub(crate) mod faulty_store;
 pub(crate) mod http;
 pub(crate) mod issuer;
 pub(crate) mod rig;
 
+use disk::Disk;
 use faulty_store::FaultyStore;
 use http::Answer;
+use kms_core::audit::Link;
 use kms_core::clock::{Clock, ManualClock};
 use kms_core::secret::SecretText;
-use kms_core::wdek::WdekVersion;
 use kms_daemon::lifecycle::Shutdown;
 use kms_hsm::memory::MemoryVault;
-use kms_server::app::{App, Settings};
-use kms_server::audit::Audit;
-use kms_server::failures::Failures;
-use kms_server::gate::Gates;
+use kms_server::app::{App, Foundation, Settings};
+use kms_server::audit::{Audit, AuditError};
 use kms_server::guard::Guarded;
-use kms_server::health::Health;
 use kms_server::init::{Made, fill};
-use kms_server::issuers::{Issuers, Trusted};
-use kms_server::limits::{self, Limits};
-use kms_server::metrics::Metrics;
+use kms_server::limits;
 use kms_server::ops::issue_token::hash;
 use kms_server::policy::{ApiKeySecret, Caller, Credential, Grant, Role, Scope};
 use kms_server::serve::{self, Listeners};
@@ -31,7 +28,7 @@ use kms_server::store::{
     Access, ApiKey, Instance, Policy, Profile, ServiceId, SqliteStore, Store, Trail,
 };
 use kms_server::tls::{Files, Tls};
-use kms_server::token::{Issuer, random_uuid};
+use kms_server::token::random_uuid;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer as Signer, KeyPair};
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -58,40 +55,35 @@ pub(crate) struct Server {
     pub(crate) clock: Arc<ManualClock>,
     pub(crate) vault: Arc<MemoryVault>,
     pub(crate) store: Arc<FaultyStore>,
+    /// The audit log's.
+    pub(crate) disk: Arc<Disk>,
     pub(crate) dir: Arc<TempDir>,
-    trusted: Vec<Trusted>,
     shutdown: Shutdown,
     serving: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    pub(crate) const SETTINGS: Settings =
-        Settings { wdek_version: WdekVersion::V2_1_0, min_rotation_interval: Duration::ZERO };
+    /// Production's, but that no rate has a bound: it comes back with time, and the clock of a test stands still; and that the audit log's disk has more time than a loaded machine takes.
+    pub(crate) fn settings() -> Settings {
+        let limits = limits::Settings {
+            rate_per_instance: 0,
+            rate_per_caller: 0,
+            management_rate_per_caller: 0,
+            ..limits::Settings::default()
+        };
+        let audit_deadline = Duration::from_secs(30);
+        Settings { limits, audit_deadline, ..Settings::new(ISSUER.into()) }
+    }
 
     pub(crate) async fn start() -> Server {
-        Server::start_with(Server::SETTINGS).await
-    }
-
-    pub(crate) async fn start_with(settings: Settings) -> Server {
-        Server::start_trusting(settings, Vec::new()).await
-    }
-
-    /// One that trades the tokens of other issuers.
-    pub(crate) async fn start_trusting(settings: Settings, trusted: Vec<Trusted>) -> Server {
-        // A rate comes back with time, and the clock of a test stands still.
-        let limits = limits::Settings { rate_per_instance: 0, ..limits::Settings::default() };
-        Server::start_all(settings, trusted, limits).await
+        Server::start_with(Server::settings()).await
     }
 
     pub(crate) async fn start_limited(limits: limits::Settings) -> Server {
-        Server::start_all(Server::SETTINGS, Vec::new(), limits).await
+        Server::start_with(Settings { limits, ..Server::settings() }).await
     }
 
-    pub(crate) async fn start_all(
-        settings: Settings,
-        trusted: Vec<Trusted>,
-        limits: limits::Settings,
-    ) -> Server {
+    pub(crate) async fn start_with(settings: Settings) -> Server {
         let dir = Arc::new(TempDir::new().unwrap());
         make_certificates(dir.path());
         // Tokens are told apart from real time, certificates are not: start where both agree.
@@ -100,14 +92,14 @@ impl Server {
         let vault = Arc::new(MemoryVault::new());
         let store = SqliteStore::open(&dir.path().join("kms.db"), true).await.unwrap();
         let audit = Audit::open(&dir.path().join("audit.log"), NODE, None, clock.clone()).unwrap();
-        let made = fill(&store, &*vault, &audit, clock.wall().into()).await.unwrap();
+        let made = fill(&store, &*vault, &audit, clock.wall().into(), |_| Ok(())).await.unwrap();
         drop(audit);
-        Server::run(dir, clock, vault, store, (settings, trusted, limits), made).await
+        Server::run(dir, clock, vault, store, settings, made).await
     }
 
     /// One, and a second over the same database and HSM.
     pub(crate) async fn start_pair() -> (Server, Server) {
-        Server::start_pair_with(Server::SETTINGS).await
+        Server::start_pair_with(Server::settings()).await
     }
 
     pub(crate) async fn start_pair_with(settings: Settings) -> (Server, Server) {
@@ -116,8 +108,7 @@ impl Server {
         make_certificates(dir.path());
         let (clock, vault) = (server.clock.clone(), server.vault.clone());
         let store = SqliteStore::open(&server.dir.path().join("kms.db"), false).await.unwrap();
-        let settings = (server.app.settings, Vec::new(), server.app.limits.settings());
-        let made = clone(&server.made);
+        let (settings, made) = (server.app.settings.clone(), clone(&server.made));
         let replica = Server::run(dir, clock, vault, store, settings, made).await;
         (server, replica)
     }
@@ -127,8 +118,7 @@ impl Server {
         self.shutdown.request();
         self.serving.take().unwrap().await.unwrap();
         let (dir, clock, vault) = (self.dir.clone(), self.clock.clone(), self.vault.clone());
-        let settings = (self.app.settings, self.trusted.clone(), self.app.limits.settings());
-        let made = clone(&self.made);
+        let (settings, made) = (self.app.settings.clone(), clone(&self.made));
         drop(self);
         let store = SqliteStore::open(&dir.path().join("kms.db"), false).await.unwrap();
         Server::run(dir, clock, vault, store, settings, made).await
@@ -139,33 +129,26 @@ impl Server {
         clock: Arc<ManualClock>,
         vault: Arc<MemoryVault>,
         store: SqliteStore,
-        (settings, trusted, limits): (Settings, Vec<Trusted>, limits::Settings),
+        settings: Settings,
         made: Made,
     ) -> Server {
         let signing_key = store.signing_key().await.unwrap().unwrap();
         let store = Arc::new(FaultyStore::new(store));
-        let lifetime = Duration::from_secs(3600);
         // Each server has its own audit log, and is known by a name of its own.
         let node = if dir.path().join("kms.db").exists() { NODE } else { "replica" };
         let known = store.audit_head(node).await.unwrap();
-        let audit = Audit::open(&dir.path().join("audit.log"), node, known, clock.clone()).unwrap();
+        let disk = Arc::new(Disk::new(clock.clone()));
+        let audit = open_again(&dir.path().join("audit.log"), node, known, disk.clone());
         let guarded = Arc::new(Guarded::new(vault.clone(), store.clone()));
         guarded.compare().await.unwrap();
-        let app = Arc::new(App {
-            vault: guarded,
-            store: store.clone(),
-            audit,
-            issuer: Issuer::new(ISSUER.into(), lifetime, signing_key, clock.clone()),
-            issuers: Issuers::new(trusted.clone(), clock.clone()).unwrap(),
+        let on = Foundation {
             clock: clock.clone(),
-            settings,
-            gates: Gates::new(),
-            limits: Limits::new(limits, clock.clone()),
-            failures: Failures::default(),
-            metrics: Metrics::new(),
-            health: Health::unknown(),
-            uses: kms_server::uses::Uses::default(),
-        });
+            store: store.clone(),
+            vault: guarded,
+            audit,
+            signing_key,
+        };
+        let app = Arc::new(App::new(on, settings).unwrap());
         let listeners = Listeners {
             keys: TcpListener::bind("127.0.0.1:0").await.unwrap(),
             tokens: TcpListener::bind("127.0.0.1:0").await.unwrap(),
@@ -191,8 +174,8 @@ impl Server {
             clock,
             vault,
             store,
+            disk,
             dir,
-            trusted,
             shutdown,
             serving,
         }
@@ -333,8 +316,29 @@ impl Server {
     }
 }
 
+/// How many of those who take as long as `one` alone come at once: a hundred, and fewer on a machine whose disk or
+/// processor would keep them waiting until they are told to come again.
+pub(crate) fn crowd(one: Duration) -> usize {
+    let within = Duration::from_secs(4).as_millis() / one.as_millis().max(1);
+    usize::try_from(within).unwrap_or(usize::MAX).clamp(4, 100)
+}
+
+/// The log that another server of this test had until now. A process that another test has just forked holds a copy of
+/// the descriptor, and with it the lock, until it has become its program.
+fn open_again(path: &Path, node: &str, known: Option<Link>, clock: Arc<dyn Clock>) -> Audit {
+    for _ in 0..6000 {
+        match Audit::open(path, node, known, clock.clone()) {
+            // Of the machine's time: the runtime's stands still in some tests.
+            Err(AuditError::InUse { .. }) => std::thread::sleep(Duration::from_millis(10)),
+            opened => return opened.unwrap(),
+        }
+    }
+    panic!("{} is in use for ever", path.display())
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
+        self.disk.hang(false);
         self.shutdown.request();
     }
 }

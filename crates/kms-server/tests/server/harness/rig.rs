@@ -5,11 +5,12 @@ use super::{make_certificates, new_key};
 use pkcs11_shim::Control;
 use serde_json::{Value, json};
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -20,7 +21,7 @@ const LIBRARIES: [&str; 3] = [
 ];
 
 /// Far more than SoftHSM2 needs, in milliseconds.
-const PATIENCE: u64 = 30_000;
+pub(crate) const PATIENCE: u64 = 45_000;
 
 /// One host: configuration, database, audit log, token. Or one more server on it.
 pub(crate) struct Rig {
@@ -32,7 +33,7 @@ pub(crate) struct Rig {
     addresses: [SocketAddr; 3],
     pub(crate) instance: String,
     pub(crate) api_key: String,
-    /// The HSM's deadline is one that no loaded machine reaches: for tests in which an answer to come again is a failure.
+    /// The HSM's deadline is one that no loaded machine reaches: an answer to come again is a failure.
     patient: bool,
     child: Option<Child>,
 }
@@ -49,10 +50,11 @@ impl Rig {
         Some(rig)
     }
 
-    /// One that gives the HSM all the time it wants.
-    pub(crate) fn make_patient() -> Option<Rig> {
+    /// One with the HSM's usual deadline, for tests about those who wait for it: on a loaded machine it may run out at
+    /// any time.
+    pub(crate) fn make_impatient() -> Option<Rig> {
         let mut rig = Rig::make()?;
-        rig.patient = true;
+        rig.patient = false;
         rig.configure("process");
         Some(rig)
     }
@@ -75,7 +77,7 @@ impl Rig {
         let control = Control::new(&dir.path().join("control"));
         let (instance, api_key) = (String::new(), String::new());
         let node = "rig";
-        let (patient, child) = (false, None);
+        let (patient, child) = (true, None);
         let rig = Rig { dir, node, control, library, addresses, instance, api_key, patient, child };
         rig.configure("process");
         Some(rig)
@@ -112,7 +114,9 @@ impl Rig {
             "SERVER_CONFIG:\n  KEYS_ADDRESS: \"{keys}\"\n  TOKENS_ADDRESS: \"{tokens}\"\n  \
              HEALTH_ADDRESS: \"{health}\"\n  TLS_CERT_FILE: \"{dir}/tls.crt\"\n  \
              TLS_KEY_FILE: \"{dir}/tls.key\"\n  DATABASE_URL: \"sqlite://{dir}/kms.db\"\n  \
-             AUDIT_FILE: \"{audit}\"\n  NODE_ID: \"{}\"\n  MAX_RATE_PER_INSTANCE: 0\n\
+             AUDIT_FILE: \"{audit}\"\n  AUDIT_DEADLINE_IN_MILLISECONDS: {PATIENCE}\n  NODE_ID: \"{}\"\n  MAX_RATE_PER_INSTANCE: 0\n  \
+             MAX_RATE_PER_CALLER: 0\n  MAX_MANAGEMENT_RATE_PER_CALLER: 0\n  \
+             MIN_PURGE_WAIT_IN_SECONDS: 0\n\
              HSM:\n  PKCS11_LIBRARY: \"{}\"\n  TOKEN_LABEL: \"rig\"\n  PIN: \"582910\"\n  \
              SO_PIN_FILE: \"{dir}/so-pin\"\n  ISOLATION: \"{isolation}\"\n{deadline}",
             self.node,
@@ -167,7 +171,7 @@ impl Rig {
     /// Waits until the answer about its readiness says so.
     pub(crate) async fn becomes(&mut self, wanted: &str) -> String {
         let mut last = String::new();
-        for _ in 0..3000 {
+        for _ in 0..12_000 {
             last = self.readiness().await;
             if last.contains(wanted) {
                 return last;
@@ -176,6 +180,17 @@ impl Rig {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         panic!("never {wanted:?}: {last}\n{}", self.log());
+    }
+
+    /// Waits for the first anchor: the token then holds all that a server makes there by itself.
+    pub(crate) async fn anchored(&self) {
+        for _ in 0..6000 {
+            if self.path("audit.anchor").exists() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("no anchor: {}", self.log());
     }
 
     pub(crate) fn spawn(&mut self) {
@@ -210,9 +225,9 @@ impl Rig {
         child.wait().unwrap();
     }
 
-    /// Whether it has died by itself, within a second.
+    /// Whether it has died by itself, within half a minute.
     pub(crate) async fn died(&mut self) -> bool {
-        for _ in 0..200 {
+        for _ in 0..6000 {
             if self.child.as_mut().unwrap().try_wait().unwrap().is_some() {
                 return true;
             }
@@ -255,7 +270,7 @@ impl Rig {
         if self.node == "rig" { name.to_owned() } else { format!("{}-{name}", self.node) }
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kms-server"));
         command
             .args(arguments)
@@ -290,15 +305,19 @@ pub(crate) struct Client {
 
 impl Client {
     pub(crate) async fn log_in(&mut self, api_key: &str) -> Option<u16> {
-        let form = format!(
-            "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={api_key}&response_type=cloud_iam"
-        );
-        let headers = [("content-type", "application/x-www-form-urlencoded")];
-        let answer = try_ask(self.tokens, &self.ca, "POST", "/oidc/token", &headers, &form).await?;
+        let answer = self.ask_token(api_key).await?;
         if answer.status == 200 {
             self.token = answer.json()["access_token"].as_str().unwrap().to_owned();
         }
         Some(answer.status)
+    }
+
+    pub(crate) async fn ask_token(&self, api_key: &str) -> Option<Answer> {
+        let form = format!(
+            "grant_type=urn:ibm:params:oauth:grant-type:apikey&apikey={api_key}&response_type=cloud_iam"
+        );
+        let headers = [("content-type", "application/x-www-form-urlencoded")];
+        try_ask(self.tokens, &self.ca, "POST", "/oidc/token", &headers, &form).await
     }
 
     pub(crate) async fn call(&self, method: &str, path: &str, body: &str) -> Option<Answer> {
@@ -322,6 +341,20 @@ impl Client {
     pub(crate) async fn unwrap(&self, key: &str, wdek: &str) -> Option<Answer> {
         let body = json!({ "ciphertext": wdek }).to_string();
         self.call("POST", &format!("/{key}/actions/unwrap"), &body).await
+    }
+
+    /// Gives the administrator the role that no administrator has by that name.
+    pub(crate) async fn may_purge(&self) -> Option<()> {
+        let bearer = format!("Bearer {}", self.token);
+        let headers = [("authorization", bearer.as_str())];
+        let path = "/v1/policies";
+        let listed = try_ask(self.tokens, &self.ca, "GET", path, &headers, "").await?.json();
+        let mut policies = listed["policies"].as_array().unwrap().iter();
+        let admin = policies.find(|one| one["role"] == "ClusterAdministrator").unwrap();
+        let new = json!({"service_id": admin["service_id"], "role": "KeyPurge"}).to_string();
+        let made = try_ask(self.tokens, &self.ca, "POST", path, &headers, &new).await?;
+        assert_eq!(made.status, 201, "{made:?}");
+        Some(())
     }
 
     pub(crate) async fn create_api_key(&self) -> Option<String> {
@@ -354,8 +387,13 @@ pub(crate) fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// Nobody takes them while the server is down, however often it starts: each rig has a loopback address of its own,
+/// which no other connection of this machine goes out from.
 fn free_addresses() -> [SocketAddr; 3] {
+    static RIGS: AtomicU8 = AtomicU8::new(0);
+    let [_, _, pid, low] = std::process::id().to_be_bytes();
+    let own = Ipv4Addr::new(127, 64 | (pid & 63), low, RIGS.fetch_add(1, Ordering::Relaxed));
     // All at once, so that they differ.
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+    let listeners = [(); 3].map(|()| TcpListener::bind((own, 0)).unwrap());
     listeners.each_ref().map(|listener| listener.local_addr().unwrap())
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-use kms_core::audit::{ANCHOR, BEGUN, Content, DONE, Line, parse};
+use kms_core::audit::{ANCHOR, BEGUN, Content, DONE, Line, UNANSWERED, parse};
 use kms_core::clock::{Clock, SystemClock};
 use time::format_description::well_known::Rfc3339;
 use time::{Duration, OffsetDateTime};
@@ -41,7 +41,7 @@ pub(super) struct Args {
     /// The key, or whatever else the action was done to
     #[arg(long, value_name = "UUID")]
     key: Option<Uuid>,
-    /// wrap, unwrap, create_key, issue_token, ...
+    /// wrap, unwrap, create_key, issue_token, use_token (with one that was refused), ...
     #[arg(long, value_name = "ACTION")]
     action: Option<String>,
     /// The uid of kube-apiserver's call (its correlation id)
@@ -50,7 +50,7 @@ pub(super) struct Args {
     /// The other end of the connection: an IP address with or without a port (a proxy's, where there is one)
     #[arg(long, value_name = "ADDRESS", value_parser = Peer::parse)]
     peer: Option<Peer>,
-    /// done, refused, or a reason code such as KEY_NOT_FOUND_ERR
+    /// done, begun, unanswered, refused, or a reason code such as KEY_NOT_FOUND_ERR or TOKEN_EXPIRED
     #[arg(long, value_name = "OUTCOME")]
     outcome: Option<String>,
     #[arg(long, value_name = "UUID")]
@@ -110,7 +110,7 @@ impl Args {
             && self.instance.is_none_or(|instance| event.instance == Some(instance))
             && self.peer.is_none_or(|peer| event.peer.as_deref().is_some_and(|it| peer.is(it)))
             && self.outcome.as_ref().is_none_or(|wanted| match wanted.as_str() {
-                "refused" => event.outcome != DONE && event.outcome != BEGUN,
+                "refused" => ![DONE, BEGUN, UNANSWERED].contains(&&*event.outcome),
                 wanted => event.outcome == wanted,
             })
     }

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use kms_core::audit::anchor::{Anchor, PublicKey};
 use kms_core::audit::parse;
-use kms_core::audit::verify::{Finding, MAX_UNANCHORED_SECONDS, Summary, Unanchored, Verifier};
+use kms_core::audit::verify::{
+    Finding, Loss, MAX_UNANCHORED_SECONDS, Summary, Unanchored, Verifier,
+};
 use serde::Serialize;
 
 use super::lines::{Line, Lines, error, is_stdin};
@@ -78,6 +80,10 @@ struct Chain {
     /// How often records waited for an anchor for longer than a running server with its HSM lets them; no tampering.
     late: u64,
     longest: Option<Unanchored>,
+    /// How often the server did not find a file, or the beginning of one, where it was left; no tampering where that is
+    /// among the files.
+    losses: u64,
+    last_loss: Option<Loss>,
 }
 
 #[derive(Debug, Serialize)]
@@ -171,9 +177,22 @@ fn conclude(verifier: Verifier<'_>, files: Vec<PathBuf>, findings: &mut Findings
     if let Some(cut) = cut {
         findings.add(files.last().map(PathBuf::as_path), None, &cut);
     }
-    let Summary { node, first, last, records, anchors, anchored, anchored_at, late, longest } =
-        summary;
-    Chain { node, files, records, first, last, anchors, anchored, anchored_at, late, longest }
+    let Summary { node, first, last, records, anchors, anchored, anchored_at, .. } = summary;
+    let Summary { late, longest, losses, last_loss, .. } = summary;
+    Chain {
+        node,
+        files,
+        records,
+        first,
+        last,
+        anchors,
+        anchored,
+        anchored_at,
+        late,
+        longest,
+        losses,
+        last_loss,
+    }
 }
 
 /// The files of each node, oldest records first. One without any record is looked at with those of no node.
@@ -265,6 +284,9 @@ fn show(report: &Report, output: &mut Output<'_>) -> Result<(), Error> {
         if let Some(longest) = &chain.longest {
             output.note(&late(chain.late, longest))?;
         }
+        if let Some(loss) = &chain.last_loss {
+            output.note(&lost(chain.losses, loss, chain.first))?;
+        }
     }
     Ok(())
 }
@@ -282,6 +304,21 @@ fn sentence(chain: &Chain, signatures: bool) -> String {
         count => format!("{count} files"),
     };
     format!("{read} in {files}, {anchors}")
+}
+
+fn lost(times: u64, last: &Loss, first: u64) -> String {
+    let Loss { record, at, action, detail } = last;
+    let times = if times == 1 { "once".to_owned() } else { format!("{times} times") };
+    let detail = detail.as_ref().map(|detail| format!(" ({detail})")).unwrap_or_default();
+    let scope = if first == 1 {
+        "its records are looked for above, from record 1 on".to_owned()
+    } else {
+        format!("what was before record {first} is not among these files: check that you have it")
+    };
+    format!(
+        "  the server did not find a file of the log where it was left: {times}, the last time at record {record}, {at}: \
+         {action}{detail}; {scope}"
+    )
 }
 
 fn late(times: u64, longest: &Unanchored) -> String {

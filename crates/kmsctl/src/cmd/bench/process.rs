@@ -100,9 +100,10 @@ mod tests {
 
     #[test]
     fn this_process_can_be_observed() {
-        let observed = Process::new(std::process::id()).observe().unwrap();
-        assert!(observed.cpu > Duration::ZERO);
-        assert!(observed.peak_memory_kib.unwrap() > 100);
+        let observe = || Process::new(std::process::id()).observe().unwrap();
+        // Where the kernel keeps the coarse count alone, the first hundredth of a second takes its time.
+        assert!((0..1_000_000).any(|_| observe().cpu > Duration::ZERO));
+        assert!(observe().peak_memory_kib.unwrap() > 100);
         assert!(Process::new(u32::MAX).observe().is_none());
     }
 

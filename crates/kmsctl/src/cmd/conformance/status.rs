@@ -15,9 +15,9 @@ const SAMPLES: usize = 20;
 const DECRYPTS: usize = 200;
 const AT_ONCE: usize = 100;
 const ROUNDS: usize = 20;
-/// How often anything is timed. The best one counts: what is slow in each of them is the plug-in's doing, what is slow
-/// in one may be the machine's.
-const TRIALS: usize = 3;
+/// How often anything is timed until it is fast enough. The best one counts: what is slow in each of them is the plug-in's
+/// doing, what is slow in some may be the machine's.
+const TRIALS: usize = 5;
 const MAX_KEY_ID: usize = kms_core::limits::MAX_KEY_ID;
 
 /// 6
@@ -86,6 +86,9 @@ pub(super) async fn shared(subject: &Subject) -> Verdict {
             times.push(took);
         }
         best = best.min(most(times));
+        if best < PROMPT {
+            break;
+        }
     }
     if key_ids.len() > 1 {
         return Err("they name different key_ids".into());
@@ -121,6 +124,9 @@ async fn latency(subject: &Subject) -> Result<Duration, Failure> {
             }
         }
         best = best.min(most(times));
+        if best < PROMPT {
+            break;
+        }
     }
     Ok(best)
 }
