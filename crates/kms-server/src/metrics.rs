@@ -22,6 +22,7 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use time::OffsetDateTime;
 
 type Labels = [(&'static str, &'static str); 1];
 
@@ -33,6 +34,7 @@ pub struct Metrics {
     hsm_capacity: Gauge,
     gcm_uses: Gauge,
     gcm_uses_max: Gauge,
+    key_expires: Gauge,
     answers: Family<Answered, Counter>,
     rewraps_failed: Counter,
     answer_seconds: Family<Labels, Histogram, fn() -> Histogram>,
@@ -87,6 +89,7 @@ impl Metrics {
             hsm_capacity: Gauge::default(),
             gcm_uses: Gauge::default(),
             gcm_uses_max: Gauge::default(),
+            key_expires: Gauge::default(),
             answers: Family::default(),
             rewraps_failed: Counter::default(),
             answer_seconds: Family::new_with_constructor(milliseconds_to_seconds),
@@ -209,6 +212,11 @@ impl Metrics {
             "Wraps with AES-GCM that one version of a key may make",
             self.gcm_uses_max.clone(),
         );
+        registry.register(
+            "key_expires_timestamp_seconds",
+            "When the first of the active keys expires and wraps no more; 0 where none does",
+            self.key_expires.clone(),
+        );
         registry.register_collector(Box::new(self.hsm.clone()));
     }
 
@@ -302,6 +310,10 @@ impl Metrics {
     /// The most uses with AES-GCM that one version has, of [`uses::LIMIT`].
     pub fn gcm_uses(&self, most: u64) {
         self.gcm_uses.set(i64::try_from(most).unwrap_or(i64::MAX));
+    }
+
+    pub fn next_expiry(&self, at: Option<OffsetDateTime>) {
+        self.key_expires.set(at.map_or(0, OffsetDateTime::unix_timestamp));
     }
 
     /// How many versions of keys there are in the HSM.

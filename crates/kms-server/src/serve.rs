@@ -113,7 +113,7 @@ async fn clock(app: &App) -> ClockWatch {
     ClockWatch::new(app.clock.clone(), newest.into_iter().chain(last))
 }
 
-/// How full the HSM is, and how far its versions are used up. Keys come and go slowly, and a large database takes a moment to count them.
+/// How full the HSM is, how far its versions are used up, and when the next key expires. Keys come and go slowly, and a large database takes a moment to count them.
 async fn watch_capacity(app: &App, shutdown: &Shutdown) {
     loop {
         match app.store.known_versions().await {
@@ -123,6 +123,10 @@ async fn watch_capacity(app: &App, shutdown: &Shutdown) {
         match app.store.most_gcm_uses().await {
             Ok(most) => app.metrics.gcm_uses(most),
             Err(error) => tracing::debug!("the uses of keys cannot be read: {error}"),
+        }
+        match app.store.next_expiry(app.now()).await {
+            Ok(next) => app.metrics.next_expiry(next),
+            Err(error) => tracing::debug!("the expiry of keys cannot be read: {error}"),
         }
         tokio::select! {
             () = shutdown.requested() => return,

@@ -15,6 +15,8 @@ pub trait Custody: Send + Sync + Debug {
     /// The most uses with AES-GCM that are reserved of one version that wraps: those before it, and those of keys that
     /// are gone, are used up no further.
     async fn most_gcm_uses(&self) -> Result<u64, StoreError>;
+    /// When the first of the keys that are active at `now` expires.
+    async fn next_expiry(&self, now: OffsetDateTime) -> Result<Option<OffsetDateTime>, StoreError>;
     /// Keeps the check value of `version`, for good.
     ///
     /// # Errors

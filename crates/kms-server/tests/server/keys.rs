@@ -3,10 +3,13 @@
 use crate::harness::{Server, http, new_key};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use kms_core::clock::Clock;
 use kms_core::wdek::{Wdek, WdekVersion};
 use kms_server::app::Settings;
+use kms_server::store::Custody;
 use serde_json::{Value, json};
 use std::time::Duration;
+use time::OffsetDateTime;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
 
@@ -321,7 +324,11 @@ async fn an_expired_key_unwraps_but_no_longer_wraps() {
     let id = made["resources"][0]["id"].as_str().unwrap().to_owned();
     assert_eq!(made["resources"][0]["expirationDate"], end);
     let (wdek, _) = server.wrap(&token, &id, PLAINTEXT).await;
+    // What an operator is warned of, and no longer than it is to come.
+    let next = async || server.store.next_expiry(server.clock.wall().into()).await.unwrap();
+    assert_eq!(next().await.map(OffsetDateTime::unix_timestamp), Some(1_800_001_800));
     server.clock.advance(Duration::from_secs(1800));
+    assert_eq!(next().await, None);
     let token = server.admin().await;
     assert_eq!(server.unwrap(&token, &id, &wdek).await.json()["plaintext"], PLAINTEXT);
     let refused = server.call(&token, "POST", &format!("/keys/{id}/actions/wrap"), "").await;

@@ -1,6 +1,6 @@
 //! Check values, and the token they were seen in.
 
-use super::rows::{nanoseconds, stamp, uuid};
+use super::rows::{nanoseconds, stamp, time_of, uuid};
 use super::{SqliteStore, expect_one, number};
 use crate::store::{Adopted, Custody, KnownVersion, StoreError};
 use crate::uses;
@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use kms_hsm::CheckValue;
 use sqlx::Row;
 use sqlx::sqlite::SqliteRow;
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 #[async_trait]
@@ -33,6 +34,16 @@ impl Custody for SqliteStore {
         .fetch_one(&self.pool)
         .await?;
         Ok(most.unwrap_or_default().unsigned_abs())
+    }
+
+    async fn next_expiry(&self, now: OffsetDateTime) -> Result<Option<OffsetDateTime>, StoreError> {
+        let next: Option<i64> = sqlx::query_scalar(
+            "SELECT MIN(expires_at) FROM keys WHERE state = 1 AND expires_at > ?",
+        )
+        .bind(nanoseconds(now)?)
+        .fetch_one(&self.pool)
+        .await?;
+        next.map(time_of).transpose()
     }
 
     async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError> {

@@ -132,7 +132,7 @@ pub(super) fn optional_stamp(
     nanoseconds.map(time_of).transpose()
 }
 
-fn time_of(nanoseconds: i64) -> Result<OffsetDateTime, StoreError> {
+pub(super) fn time_of(nanoseconds: i64) -> Result<OffsetDateTime, StoreError> {
     OffsetDateTime::from_unix_timestamp_nanos(i128::from(nanoseconds))
         .map_err(|e| StoreError::Corrupt(format!("a time: {e}")))
 }

@@ -336,6 +336,10 @@ impl Custody for FaultyStore {
         self.read()?.most_gcm_uses().await
     }
 
+    async fn next_expiry(&self, now: OffsetDateTime) -> Result<Option<OffsetDateTime>, StoreError> {
+        self.read()?.next_expiry(now).await
+    }
+
     async fn keep_check_value(&self, version: Uuid, value: CheckValue) -> Result<(), StoreError> {
         self.step(Step::KeepCheckValue, self.store.keep_check_value(version, value)).await
     }
