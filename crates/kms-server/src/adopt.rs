@@ -93,18 +93,9 @@ pub async fn adopt(
 
 fn record(instance: Uuid, key: Uuid, version: Uuid, outcome: Outcome) -> Record {
     Record {
-        action: "adopt_version",
-        outcome,
-        caller: None,
-        api_key: None,
         instance: Some(instance),
         target: Some(key),
         version: Some(version),
-        rewrapped: None,
-        service_id: None,
-        grant: None,
-        correlation: None,
-        peer: None,
-        count: None,
+        ..Record::new("adopt_version", outcome)
     }
 }

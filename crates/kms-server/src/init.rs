@@ -208,19 +208,5 @@ fn make_token_where_asked(hsm: &Hsm) -> Result<(), InitError> {
 }
 
 fn record(instance: Uuid) -> Record {
-    Record {
-        action: "init",
-        outcome: Outcome::Done,
-        caller: None,
-        api_key: None,
-        instance: Some(instance),
-        target: None,
-        version: None,
-        rewrapped: None,
-        service_id: None,
-        grant: None,
-        correlation: None,
-        peer: None,
-        count: None,
-    }
+    Record { instance: Some(instance), ..Record::new("init", Outcome::Done) }
 }

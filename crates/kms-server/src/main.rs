@@ -8,7 +8,7 @@ use kms_daemon::memory;
 use kms_daemon::telemetry;
 use kms_server::adopt::Adopt;
 use kms_server::app::{App, Foundation};
-use kms_server::audit::{Audit, node};
+use kms_server::audit::{Audit, Record, node};
 use kms_server::backup::{backup, manifest_of};
 use kms_server::config::{Config, Server};
 use kms_server::guard::Guarded;
@@ -195,14 +195,32 @@ async fn back_up(cli: &Cli, to: &Path) -> Result<(), Failure> {
 
 async fn restore(cli: &Cli, from: &Path, check: bool, output: Output) -> Result<ExitCode, Failure> {
     let config = Config::load(&cli.config)?;
-    clock(&config)?;
+    let clock = clock(&config)?;
     let vault = hsm::open(&config, &config.hsm.remembered_pin())?;
     let restored = restore::restore(&*vault, from, &config.server.database, check).await?;
-    if !check && restored.found.verdict().is_ok() {
+    let is_there = !check && restored.found.verdict().is_ok();
+    if is_there {
         eprintln!("{} is restored.", config.server.database.display());
     }
     eprint!("{}", restored.notes());
-    Ok(show(&restored.found, output))
+    let shown = show(&restored.found, output);
+    if is_there {
+        let recorded = record_restore(&config, clock, restored.record()).await;
+        recorded
+            .map_err(|error| format!("the restore is done but not in the audit log: {error}"))?;
+    }
+    Ok(shown)
+}
+
+async fn record_restore(
+    config: &Config,
+    clock: Arc<dyn Clock>,
+    record: Record,
+) -> Result<(), Failure> {
+    let (store, _) = store(config).await?;
+    let recorded = async { Ok(audit(config, &*store, clock).await?.record(record).await?) }.await;
+    store.close().await;
+    recorded
 }
 
 fn show(found: &Comparison, output: Output) -> ExitCode {

@@ -143,19 +143,5 @@ fn keep(old: &SigningKey, audit_file: &Path) -> Result<PathBuf, RenewError> {
 }
 
 fn record(target: Uuid, outcome: Outcome) -> Record {
-    Record {
-        action: "renew_key",
-        outcome,
-        caller: None,
-        api_key: None,
-        instance: None,
-        target: Some(target),
-        version: None,
-        rewrapped: None,
-        service_id: None,
-        grant: None,
-        correlation: None,
-        peer: None,
-        count: None,
-    }
+    Record { target: Some(target), ..Record::new("renew_key", outcome) }
 }

@@ -4,6 +4,7 @@
 //! The database appears under its name whole, checked and on disk, or not at all; whatever a crash leaves lies under
 //! another name, and the next restore clears it away.
 
+use crate::audit::{Outcome, Record};
 use crate::backup::{BackupError, Half, failed, publish, verify};
 use crate::reconcile::{Comparison, ReconcileError, Standing, compare};
 use crate::store::{SqliteStore, Store, StoreError, sides};
@@ -92,6 +93,13 @@ async fn place(
 }
 
 impl Restored {
+    /// Rights and keys are as they were then: whoever reads the log must see that.
+    #[must_use]
+    pub fn record(&self) -> Record {
+        let detail = Some(format!("backup of {}", self.made));
+        Record { correlation: detail, ..Record::new("restore", Outcome::Done) }
+    }
+
     /// What no comparison tells: how the backup differs from what was there after it.
     #[must_use]
     pub fn notes(&self) -> String {

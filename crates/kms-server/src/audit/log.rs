@@ -263,7 +263,8 @@ impl Log {
         detail: Option<String>,
         now: OffsetDateTime,
     ) -> Result<(), AuditError> {
-        let entry = Entry::Record(Record { correlation: detail, ..Record::of_log(action) });
+        let entry =
+            Entry::Record(Record { correlation: detail, ..Record::new(action, Outcome::Done) });
         self.append([(&entry, now)].into_iter()).map(drop)
     }
 

@@ -31,7 +31,7 @@ pub const DEADLINE: Duration = Duration::from_millis(800);
 /// What happened. Never holds key material, tokens or API keys: they are named by their ids.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`, `renew_key`, and what the log says of itself:
+    /// Name of the action (`crate::policy::Action::name`), or `issue_token`, `init`, `renew_key`, `adopt_version`, `restore`, and what the log says of itself:
     /// `audit_recovered`, `audit_resumed`, `audit_file_missing`, `audit_file_removed`, `audit_past_missing`.
     pub action: &'static str,
     pub outcome: Outcome,
@@ -57,11 +57,12 @@ pub struct Record {
 }
 
 impl Record {
-    /// What the log says of itself.
-    fn of_log(action: &'static str) -> Record {
+    /// Of something that was done on the host; what else is known of it is for whoever knows.
+    #[must_use]
+    pub fn new(action: &'static str, outcome: Outcome) -> Record {
         Record {
             action,
-            outcome: Outcome::Done,
+            outcome,
             caller: None,
             api_key: None,
             instance: None,
@@ -198,7 +199,7 @@ impl Audit {
         if !self.sink.has_failed() {
             return Ok(());
         }
-        self.record(Record::of_log("audit_resumed")).await
+        self.record(Record::new("audit_resumed", Outcome::Done)).await
     }
 
     /// The last record that is durable.

@@ -72,19 +72,13 @@ impl Place {
 
 pub(super) fn record() -> Record {
     Record {
-        action: "wrap",
-        outcome: Outcome::Done,
         caller: Some("iam-ServiceId-7".into()),
         api_key: Some(Uuid::from_u128(1)),
         instance: Some(Uuid::from_u128(2)),
         target: Some(Uuid::from_u128(3)),
         version: Some(Uuid::from_u128(4)),
-        rewrapped: None,
-        service_id: None,
-        grant: None,
         correlation: Some("request".into()),
-        peer: None,
-        count: None,
+        ..Record::new("wrap", Outcome::Done)
     }
 }
 

@@ -79,19 +79,11 @@ async fn issue(app: &App, caller: &Caller, terms: Terms, origin: Origin) -> Resu
     }
     let issued = app.issuer.issue(&*app.vault, caller, terms).await?;
     let record = Record {
-        action: LOGIN,
-        outcome: Outcome::Done,
         caller: Some(caller.iam_id()),
         api_key: caller.api_key(),
-        instance: None,
-        target: None,
-        version: None,
-        rewrapped: None,
-        service_id: None,
-        grant: None,
         correlation: origin.correlation,
         peer: Some(origin.peer),
-        count: None,
+        ..Record::new(LOGIN, Outcome::Done)
     };
     durable(app, record).await?;
     Ok(issued)

@@ -226,8 +226,6 @@ async fn write(
     outcome: Outcome,
 ) -> Result<(), Error> {
     let record = Record {
-        action: action.name(),
-        outcome,
         caller: Some(call.caller.iam_id()),
         api_key: call.caller.api_key(),
         instance: call.scope.instance(),
@@ -238,7 +236,7 @@ async fn write(
         grant: subject.grant,
         correlation: call.origin.correlation.clone(),
         peer: Some(call.origin.peer),
-        count: None,
+        ..Record::new(action.name(), outcome)
     };
     durable(app, record).await
 }

@@ -102,18 +102,8 @@ fn by(caller: &Caller, action: &'static str, code: &'static str, origin: &Origin
 
 fn record(refused: &Refused) -> Record {
     Record {
-        action: refused.action,
-        outcome: Outcome::Refused(refused.code),
         caller: refused.caller.clone(),
-        api_key: None,
-        instance: None,
-        target: None,
-        version: None,
-        rewrapped: None,
-        service_id: None,
-        grant: None,
-        correlation: None,
         peer: Some(refused.peer),
-        count: None,
+        ..Record::new(refused.action, Outcome::Refused(refused.code))
     }
 }

@@ -437,21 +437,7 @@ impl Times {
     }
 
     async fn record(&mut self, server: &Server) {
-        let record = Record {
-            action: "wrap",
-            outcome: Outcome::Done,
-            caller: None,
-            api_key: None,
-            instance: None,
-            target: None,
-            version: None,
-            rewrapped: None,
-            service_id: None,
-            grant: None,
-            correlation: None,
-            peer: None,
-            count: None,
-        };
+        let record = Record::new("wrap", Outcome::Done);
         server.app.audit.record(record).await.unwrap();
         let written = usize::try_from(server.app.audit.head().seq).unwrap();
         self.0.resize(written, server.clock.wall());

@@ -226,8 +226,20 @@ async fn a_backup_that_is_not_what_its_manifest_says_is_refused() {
         assert!(!rig.path("kms.db").exists());
     }
     fs::write(&backup, &whole).unwrap();
+    let (log, aside) = (rig.path("audit.log"), rig.path("audit.aside"));
+    fs::rename(&log, &aside).unwrap();
+    fs::create_dir(&log).unwrap();
+    let silent = rig.run(&["restore", "--from", backup.to_str().unwrap()]);
+    assert_eq!(silent.status.code(), Some(1));
+    let said = stderr(&silent);
+    assert!(said.contains("the restore is done but not in the audit log"), "{said}");
+    fs::remove_dir(&log).unwrap();
+    fs::rename(&aside, &log).unwrap();
+    move_away(&rig);
     let done = rig.run(&["restore", "--from", backup.to_str().unwrap()]);
     assert_eq!(done.status.code(), Some(0), "{}", stderr(&done));
+    let restored = r#""action":"restore","outcome":"done","correlation":"backup of 20"#;
+    assert_eq!(fs::read_to_string(&log).unwrap().matches(restored).count(), 1);
 }
 
 /// The same host: a server that was killed leaves a log, which SQLite would read into the backup.
