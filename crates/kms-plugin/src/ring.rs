@@ -158,10 +158,19 @@ fn way(server: &Server) -> std::io::Result<Digest> {
     add(server.token_url.as_bytes());
     add(&std::fs::read(&server.token_ca)?);
     match &server.credential {
-        Credential::ApiKey(key) => add(key.expose().as_bytes()),
-        Credential::ApiKeyFile(path) => add(&Zeroizing::new(std::fs::read(path)?)),
-        // It changes every hour and is nobody else's for it.
+        Credential::ApiKey(key) => {
+            add(b"API_KEY");
+            add(key.expose().as_bytes());
+        }
+        // The source reads it again for each token: so its place belongs to the way, too.
+        Credential::ApiKeyFile(path) => {
+            add(b"API_KEY_FILE");
+            add(path.as_os_str().as_encoded_bytes());
+            add(&Zeroizing::new(std::fs::read(path)?));
+        }
+        // What is in it changes every hour and is nobody else's for it.
         Credential::CrTokenFile { path, profile } => {
+            add(b"CR_TOKEN_FILE");
             add(path.as_os_str().as_encoded_bytes());
             for name in [&profile.id, &profile.name] {
                 add(name.as_deref().unwrap_or_default().as_bytes());

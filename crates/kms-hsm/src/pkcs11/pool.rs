@@ -415,8 +415,12 @@ fn serve(seat: &Seat, job: &mut dyn Job) -> Outcome {
             }
             Err(_) => Outcome::Lost(Repair::Device, cause(fault)),
         },
-        // Only a login says that the PIN is refused; taken for that, one odd answer would stop the service for good.
-        Some(Class::Credential) => Outcome::Failed(VaultError::Unavailable { cause: cause(fault) }),
+        // Only a login says that the PIN is refused; taken for that, one odd answer would stop the service for good. Where
+        // nothing else goes either, a login is tried, and it tells.
+        Some(Class::Credential) => match seat.canary() {
+            Ok(()) => Outcome::Failed(VaultError::Unavailable { cause: cause(fault) }),
+            Err(_) => Outcome::Lost(Repair::Device, cause(fault)),
+        },
         _ => Outcome::Failed(fault.into_answer()),
     }
 }

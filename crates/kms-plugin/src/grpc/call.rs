@@ -10,6 +10,8 @@ use super::status;
 use crate::metrics::Requests;
 use crate::sealer::{Call, Sealer};
 
+/// kube-apiserver's own default `timeout`, for callers that name none.
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(3);
 /// Nobody waits longer, whatever is asked. The longest timeout that is known in the field is 35 s (HyperShift).
 const LONGEST_DEADLINE: Duration = Duration::from_secs(60);
 /// kube-apiserver's uids are UUIDs.
@@ -34,7 +36,7 @@ impl Method {
 pub(super) fn call(uid: &str, metadata: &MetadataMap) -> Call {
     let uid = printable(uid);
     let text = |name: &str| metadata.get(name).and_then(|value| value.to_str().ok());
-    let deadline = text("grpc-timeout").and_then(timeout).unwrap_or(Call::USUAL_DEADLINE);
+    let deadline = text("grpc-timeout").and_then(timeout).unwrap_or(DEFAULT_DEADLINE);
     let trace = text(TRACEPARENT).and_then(TraceParent::parse);
     Call { uid, trace, deadline: deadline.min(LONGEST_DEADLINE) }
 }

@@ -29,6 +29,9 @@ const FIRST_REST: Duration = Duration::from_millis(500);
 /// Half of what the probe waits at most, so that the breaker does not turn away the probe that would see the service
 /// come back.
 const LONGEST_REST: Duration = Duration::from_millis(2500);
+/// Whoever has less time than this learns nothing of the service by not being answered. kube-apiserver hands on its
+/// caller's deadline: three `kubectl --request-timeout=200ms` would else turn everybody away from a service that is well.
+const HURRIED: Duration = Duration::from_millis(500);
 
 /// A key service with retries, deadline and breaker around it.
 #[derive(Debug)]
@@ -93,20 +96,14 @@ impl Guard {
     }
 
     fn within_budget(&self, call: &Call) -> Call {
-        let deadline = self.time_for(call.deadline);
+        let budget = budget(call.deadline);
+        let deadline = self.patience.timeout.map_or(budget, |timeout| timeout.min(budget));
         Call { uid: call.uid.clone(), trace: self.child(call.trace), deadline }
     }
 
-    fn time_for(&self, deadline: Duration) -> Duration {
-        let budget = budget(deadline);
-        self.patience.timeout.map_or(budget, |timeout| timeout.min(budget))
-    }
-
-    /// kube-apiserver hands on its caller's deadline: three `--request-timeout=200ms` would else turn everybody away
-    /// from a service that is well.
-    fn had_no_time(&self, call: &Call, error: Option<&Error>) -> bool {
-        matches!(error, Some(Error::TimedOut(_)))
-            && call.deadline < self.time_for(Call::USUAL_DEADLINE)
+    /// Unless everybody is given as little.
+    fn is_hurried(&self, call: &Call) -> bool {
+        call.deadline < self.patience.timeout.map_or(HURRIED, |timeout| timeout.min(HURRIED))
     }
 
     /// What the key service is asked is a span of its own in the caller's trace, by chance unlike any other.
@@ -121,7 +118,8 @@ impl Guard {
         attempt: impl Fn() -> F,
     ) -> Result<T, Error> {
         let started = self.tools.clock.now();
-        if let Some(error) = self.breaker.turns_away(started, &self.tools.random) {
+        let is_hurried = self.is_hurried(call);
+        if let Some(error) = self.breaker.turns_away(is_hurried, started, &self.tools.random) {
             self.tools.metrics.provider_call(operation, "failed_fast", Duration::ZERO);
             return Err(error);
         }
@@ -141,7 +139,7 @@ impl Guard {
             );
         }
         let error = result.as_ref().err();
-        if !self.had_no_time(call, error) {
+        if !(is_hurried && matches!(error, Some(Error::TimedOut(_)))) {
             self.breaker.learn(error, now, &self.tools.random);
         }
         result
@@ -193,12 +191,13 @@ impl Breaker {
         outage.failures >= FAILURES_TO_OPEN
     }
 
-    fn turns_away(&self, now: Duration, random: &Random) -> Option<Error> {
+    /// `is_hurried` callers see nothing, so none of them is let through.
+    fn turns_away(&self, is_hurried: bool, now: Duration, random: &Random) -> Option<Error> {
         let mut outage = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if outage.failures < FAILURES_TO_OPEN {
             return None;
         }
-        if now < outage.until {
+        if is_hurried || now < outage.until {
             return outage.cause.clone();
         }
         // This caller goes and sees; the others wait for what it finds, or for the next one.

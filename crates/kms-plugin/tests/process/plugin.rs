@@ -85,6 +85,11 @@ impl Setup {
         self
     }
 
+    pub(crate) fn without(mut self, name: &str) -> Setup {
+        self.settings.retain(|(old, _)| old != name);
+        self
+    }
+
     pub(crate) fn config(&self) -> PathBuf {
         self.folder.path().join("kmsplugin-config.yaml")
     }

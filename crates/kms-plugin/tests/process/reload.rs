@@ -66,6 +66,14 @@ async fn the_token_in_hand_outlives_a_change_of_something_else() {
     while logins() < 2 {
         plugin.encrypt_v2(&[1; 32]).await.unwrap();
     }
+    // The same key, which must be read at its new place from now on.
+    let file = setup.config().with_file_name("api.key");
+    std::fs::write(&file, "second-key").unwrap();
+    let setup = setup.without("API_KEY").with("API_KEY_FILE", file.to_str().unwrap());
+    reload(&plugin, &setup);
+    while logins() < 3 {
+        plugin.encrypt_v2(&[1; 32]).await.unwrap();
+    }
 }
 
 #[tokio::test]
