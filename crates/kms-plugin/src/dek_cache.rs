@@ -39,7 +39,7 @@ struct Slot {
     /// When the key service last gave it out.
     confirmed: Duration,
     last_used: Duration,
-    /// When it was last handed out to be asked for again.
+    /// When it was last asked for again.
     asked: Duration,
 }
 
@@ -97,23 +97,33 @@ impl DekCache {
         }
     }
 
-    /// Those that were confirmed so long ago and were used since: to be asked for again before they end and a caller
-    /// has to wait for them. At most `most`; whoever was not among them is the next time.
-    pub fn due(&self, now: Duration, age: Duration, most: usize) -> Vec<(DekId, Arc<[u8]>)> {
-        let mut slots = self.slots();
+    /// Those of some CRKs that were confirmed so long ago and were used since: to be asked for again before they end and a
+    /// caller has to wait for them. At most `most`, first whose turn was the longest ago; see [`DekCache::asked`].
+    pub fn due(
+        &self,
+        now: Duration,
+        age: Duration,
+        most: usize,
+        of: impl Fn(&CrkName) -> bool,
+    ) -> Vec<(DekId, Arc<[u8]>)> {
+        let slots = self.slots();
         let mut due: Vec<_> = slots
-            .iter_mut()
-            .filter(|(_, slot)| {
-                now.saturating_sub(slot.confirmed) >= age && slot.last_used > slot.confirmed
+            .iter()
+            .filter(|(id, slot)| {
+                now.saturating_sub(slot.confirmed) >= age
+                    && slot.last_used > slot.confirmed
+                    && of(&id.crk)
             })
             .collect();
         due.sort_unstable_by_key(|(_, slot)| slot.asked);
-        let due = due.into_iter().take(most);
-        due.map(|(id, slot)| {
+        due.into_iter().take(most).map(|(id, slot)| (id.clone(), slot.wdek.clone())).collect()
+    }
+
+    /// It has its turn now, whatever comes of it.
+    pub fn asked(&self, id: &DekId, now: Duration) {
+        if let Some(slot) = self.slots().get_mut(id) {
             slot.asked = now;
-            (id.clone(), slot.wdek.clone())
-        })
-        .collect()
+        }
     }
 
     /// The one that was used last of each CRK.
@@ -198,6 +208,10 @@ mod tests {
         cache.keep(id(wdek), wdek.into(), Dek::from_bytes([wdek[0]; 32]), now, capacity);
     }
 
+    fn any(_: &CrkName) -> bool {
+        true
+    }
+
     fn at(minutes: u64) -> Duration {
         Duration::from_secs(minutes * 60)
     }
@@ -241,11 +255,11 @@ mod tests {
         keep(&cache, b"2", at(0), 10);
         cache.find(&id(b"1"), at(10), HOUR);
         let age = at(45);
-        assert!(cache.due(at(44), age, 10).is_empty());
-        let due: Vec<_> = cache.due(at(45), age, 10).into_iter().map(|(id, _)| id).collect();
+        assert!(cache.due(at(44), age, 10, any).is_empty());
+        let due: Vec<_> = cache.due(at(45), age, 10, any).into_iter().map(|(id, _)| id).collect();
         assert_eq!(due, [id(b"1")]);
         keep(&cache, b"1", at(45), 10);
-        assert!(cache.due(at(46), age, 10).is_empty(), "confirmed just now");
+        assert!(cache.due(at(46), age, 10, any).is_empty(), "confirmed just now");
         assert!(cache.find(&id(b"1"), at(100), HOUR).is_some(), "it lives on");
     }
 
@@ -258,9 +272,10 @@ mod tests {
             cache.find(&id(&[number]), at(1), HOUR);
         }
         let mut seen: Vec<_> = (45..48)
-            .map(|minute| cache.due(at(minute), at(45), 2))
-            .inspect(|due| assert_eq!(due.len(), 2))
-            .flatten()
+            .map(|minute| (minute, cache.due(at(minute), at(45), 2, any)))
+            .inspect(|(_, due)| assert_eq!(due.len(), 2))
+            .inspect(|(minute, due)| due.iter().for_each(|(id, _)| cache.asked(id, at(*minute))))
+            .flat_map(|(_, due)| due)
             .map(|(id, _)| all[&id])
             .collect();
         seen.truncate(5);

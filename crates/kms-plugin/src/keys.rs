@@ -17,11 +17,16 @@ use active::Active;
 
 mod active;
 mod crk;
+mod doubt;
+mod policy;
 
 pub use crk::{Crk, Ring};
+pub use policy::Policy;
 
 /// So long may some replicas of a key service not know of a rotation that others do.
 const REPLICAS_LAG: Duration = Duration::from_secs(60);
+/// For as long as something can be saved from memory, and not for less than this.
+const LOSS_IS_TOLD: Duration = Duration::from_secs(3600);
 
 /// Why a changed configuration is not taken over. The operator must write another one.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -36,22 +41,6 @@ pub enum InstallError {
          opened: list it in KP_CONFIG_PREVIOUS, and give KP_CONFIG a VERSION that was never used, such as {free}"
     )]
     Forgotten { crk: CrkName, kp_version: i64, free: i64 },
-}
-
-/// What the configuration says about DEKs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Policy {
-    /// A new DEK for each Encrypt.
-    pub new_dek: bool,
-    /// How long a plain DEK may be used without asking the key service again; zero: none is kept.
-    pub lifetime: Duration,
-    /// When the DEK that seals is replaced by a new one.
-    pub max_age: Duration,
-    pub max_uses: u64,
-    /// How many DEKs are held for opening.
-    pub capacity: usize,
-    pub len_bytes: u8,
-    pub accept_unauthenticated: bool,
 }
 
 /// All that one seal takes.
@@ -139,6 +128,10 @@ pub struct Keys {
     proven: bool,
     /// Since when the key service wraps with a version that was replaced.
     replaced: Option<Duration>,
+    /// Since when `reported` is.
+    since: Duration,
+    /// What it had sealed before is lost, while the version that came instead works.
+    loss: Option<SealerError>,
     /// How often `reported` changed.
     changes: u64,
     /// Since when the configuration wants another key_id than the reported one.
@@ -166,6 +159,8 @@ impl Keys {
             grants: HashMap::new(),
             proven: false,
             replaced: None,
+            since: Duration::ZERO,
+            loss: None,
             changes: 0,
             moved: None,
             fallback: ready.clone(),
@@ -273,7 +268,7 @@ impl Keys {
         let wanted = self.wants(&asked.crk);
         if changed {
             self.check_news(asked, &key_id)?;
-            self.report(key_id.clone());
+            self.report(key_id.clone(), now);
         }
         self.replaced = None;
         let worn = |active: &Active| active.is_worn(&self.policy, now);
@@ -287,16 +282,19 @@ impl Keys {
                 confirmed: now,
                 uses: 0,
                 opens: true,
+                doubted: false,
             });
         }
         let sealing = Sealing { dek: new.dek.clone(), wdek: new.wdek.clone(), key_id, kp_version };
         Ok(Adopted { sealing, changed })
     }
 
-    /// The WDEK that seals, if its DEK was confirmed so long ago: to be unwrapped again before or after it ends.
+    /// The WDEK that seals, if its DEK was confirmed so long ago, or is in doubt: to be unwrapped again before or after it
+    /// ends.
     pub fn to_refresh(&self, now: Duration, age: Duration) -> Option<Wrapped> {
-        let active = self.active.as_ref().filter(|_| self.policy.keeps_dek())?;
-        (now.saturating_sub(active.confirmed) >= age).then(|| active.wrapped())
+        let active = self.active.as_ref()?;
+        let is_old = self.policy.keeps_dek() && now.saturating_sub(active.confirmed) >= age;
+        (is_old || active.doubted).then(|| active.wrapped())
     }
 
     /// The WDEK that seals, or would if it opened.
@@ -312,19 +310,12 @@ impl Keys {
             return;
         }
         if let Some(active) = self.active.as_mut().filter(|active| *active.wdek == *wdek) {
-            active.opens = true;
+            (active.opens, active.doubted) = (true, false);
             if keeps_dek {
                 active.dek = Some(dek.clone());
                 active.confirmed = now;
                 self.proven = true;
             }
-        }
-    }
-
-    /// The key service does not know `wdek`. Nothing more is sealed with its DEK, until it does again.
-    pub fn lose(&mut self, wdek: &[u8]) {
-        if let Some(active) = self.active.as_mut().filter(|active| *active.wdek == *wdek) {
-            (active.opens, active.dek) = (false, None);
         }
     }
 
@@ -360,6 +351,9 @@ impl Keys {
     /// no longer than a DEK may live: a rotation that fails is not hidden for ever.
     pub fn expire(&mut self, now: Duration) {
         let Policy { lifetime, max_age, .. } = self.policy;
+        if now.saturating_sub(self.since) >= lifetime.max(LOSS_IS_TOLD) {
+            self.loss = None;
+        }
         if self.moved.is_some_and(|since| now.saturating_sub(since) >= max_age) {
             self.active = None;
         }
@@ -383,8 +377,11 @@ impl Keys {
         self.fallback = fallback;
     }
 
+    /// # Errors
+    /// Why sealing is not possible, or what was lost though it is.
     pub fn ready(&self) -> Result<(), SealerError> {
-        self.ready.clone()
+        self.ready.clone()?;
+        self.loss.clone().map_or(Ok(()), Err)
     }
 
     /// Who is asked for DEKs.
@@ -528,8 +525,9 @@ impl Keys {
         Asked { crk: crk.clone(), grant: self.grant(&crk.name), changes: self.changes }
     }
 
-    fn report(&mut self, key_id: KeyId) {
+    fn report(&mut self, key_id: KeyId, now: Duration) {
         self.changes += 1;
+        (self.since, self.loss) = (now, None);
         if let Some(before) = self.reported.replace(key_id) {
             self.retired.push(before);
         }
@@ -589,11 +587,4 @@ fn is_replaced(cause: &SealerError) -> bool {
 
 fn is_no_wrap(cause: &SealerError) -> bool {
     matches!(cause, SealerError::Refused { refusal: Refusal::NoWrap, .. })
-}
-
-impl Policy {
-    /// A DEK for sealing is held in memory.
-    fn keeps_dek(&self) -> bool {
-        !self.new_dek && !self.lifetime.is_zero()
-    }
 }

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod probe;
 pub mod provider;
 pub mod random;
+mod restored;
 pub mod ring;
 pub mod sealer;
 pub mod serve;

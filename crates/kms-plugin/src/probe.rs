@@ -12,6 +12,7 @@ use kms_daemon::lifecycle::Shutdown;
 use crate::dek_cache::{CrkName, refresh_age};
 use crate::keys::{Asked, Crk, NotAdopted, Wrapped};
 use crate::provider::{self, NewDek};
+use crate::restored::Opens;
 use crate::sealer::{Call, Sealer, SealerError};
 
 /// As long as kube-apiserver would wait.
@@ -22,12 +23,14 @@ const WHILE_NOT_READY: Duration = Duration::from_secs(5);
 const BETWEEN_WANTED: Duration = Duration::from_secs(1);
 /// So many DEKs are refreshed between two probes: news of the service must not wait for all of them.
 const REFRESHED_AT_ONCE: usize = 256;
+/// And for so long.
+const REFRESHING: Duration = Duration::from_secs(5);
 
 /// Probes at once, then every `interval`, sooner while it fails or when a request found out something new.
 pub async fn run(sealer: Arc<Sealer>, interval: Duration, shutdown: Shutdown) {
     loop {
         let ready = tokio::select! {
-            ready = probe(&sealer) => ready,
+            ready = probe(&sealer) => ready && !sealer.keys().doubts(),
             () = shutdown.requested() => return,
         };
         let pause = pause(&sealer, ready, interval);
@@ -118,28 +121,20 @@ async fn adopt(
     proof: &Proof,
     call: &Call,
 ) -> Result<(), SealerError> {
-    if proof.is_behind && sealer.status().is_ok() && opens_what_seals(sealer, call).await? {
+    if proof.is_behind
+        && sealer.status().is_ok()
+        && sealer.opens_what_seals(call).await? == Opens::Yes
+    {
         return Ok(());
     }
-    match sealer.adopt(asked, &proof.new) {
+    match sealer.take_over(asked, &proof.new, call).await {
         // The key_id changed during this probe: what it found is true, but no news.
         Ok(_) | Err(NotAdopted::Stale) => Ok(()),
         Err(replaced @ NotAdopted::Replaced { .. }) => {
-            let opens = opens_what_seals(sealer, call).await?;
+            let opens = matches!(sealer.opens_what_seals(call).await?, Opens::Yes | Opens::NotYet);
             sealer.keys().outlast(replaced.into(), opens, sealer.now())
         }
         Err(error @ NotAdopted::KeyId(_)) => Err(error.into()),
-    }
-}
-
-/// Whether the service still gives out the DEK that seals; if not, nothing more is sealed with it.
-async fn opens_what_seals(sealer: &Sealer, call: &Call) -> Result<bool, SealerError> {
-    let sealing = sealer.keys().sealing();
-    let Some(Wrapped { crk, wdek, .. }) = sealing else { return Ok(false) };
-    match refresh_one(sealer, &crk, &wdek, call).await {
-        Ok(()) => Ok(true),
-        Err(provider::Error::NotAuthentic) => Ok(false),
-        Err(error) => Err(error.into()),
     }
 }
 
@@ -163,45 +158,73 @@ async fn refresh(sealer: &Sealer, call: &Call) {
         let age = refresh_age(keys.policy().lifetime, &sealer.tools().random);
         (age, keys.to_refresh(sealer.now(), age))
     };
-    // Each may have a service of its own.
-    let mut away = HashSet::new();
-    if let Some(Wrapped { crk, wdek, .. }) = sealing
-        && refresh_one(sealer, &crk, &wdek, call).await.is_err_and(|error| error.is_outage())
-    {
-        away.insert(crk.name.clone());
-    }
-    let due = sealer.deks().due(sealer.now(), age, REFRESHED_AT_ONCE);
-    let (wanted, mut refreshed) = (due.len(), 0);
-    for (id, wdek) in due {
-        let Some(crk) = sealer.keys().named(&id.crk).filter(|crk| !away.contains(&crk.name)) else {
-            continue;
-        };
-        match refresh_one(sealer, &crk, &wdek, call).await {
-            Ok(()) => refreshed += 1,
-            Err(error) if error.is_outage() => drop(away.insert(id.crk)),
-            Err(_) => {}
+    let mut round = Round {
+        sealer,
+        call,
+        age,
+        end: sealer.now() + REFRESHING,
+        left: REFRESHED_AT_ONCE,
+        refreshed: 0,
+        away: HashSet::new(),
+    };
+    if let Some(Wrapped { crk, wdek, .. }) = sealing {
+        match sealer.ask_again(&crk, &wdek, call).await {
+            Err(provider::Error::NotAuthentic) => doubt(sealer, &wdek),
+            Err(error) if error.is_outage() => drop(round.away.insert(crk.name.clone())),
+            _ => {}
         }
     }
-    if wanted == REFRESHED_AT_ONCE && refreshed > 0 {
+    while round.meets_one_that_is_away().await {}
+    if round.is_over() && round.refreshed > 0 {
         sealer.want_probe();
     }
 }
 
-async fn refresh_one(
-    sealer: &Sealer,
-    crk: &Crk,
-    wdek: &Arc<[u8]>,
-    call: &Call,
-) -> Result<(), provider::Error> {
-    let grant = sealer.keys().grant(&crk.name);
-    let answer = crk.service.unwrap(wdek, call).await;
-    if answer.as_ref().is_err_and(|error| *error == provider::Error::NotAuthentic) {
-        sealer.keys().lose(wdek);
+/// The DEKs that are refreshed between two probes.
+struct Round<'a> {
+    sealer: &'a Sealer,
+    call: &'a Call,
+    age: Duration,
+    end: Duration,
+    left: usize,
+    refreshed: usize,
+    /// Each CRK may have a service of its own. The turns of the DEKs of one that is away are others'.
+    away: HashSet<CrkName>,
+}
+
+impl Round<'_> {
+    fn is_over(&self) -> bool {
+        self.left == 0 || self.sealer.now() >= self.end
     }
-    let unwrapped = sealer.learn(crk, answer)?;
-    sealer.keys().confirm(grant, wdek, &unwrapped.dek, sealer.now());
-    sealer.keep(crk, grant, wdek.clone(), &unwrapped.dek);
-    Ok(())
+
+    /// True if there may be more of other services.
+    async fn meets_one_that_is_away(&mut self) -> bool {
+        let is_asked = |crk: &CrkName| !self.away.contains(crk);
+        let due = self.sealer.deks().due(self.sealer.now(), self.age, self.left, is_asked);
+        for (id, wdek) in due {
+            if self.is_over() {
+                return false;
+            }
+            let Some(crk) = self.sealer.keys().named(&id.crk) else {
+                return self.away.insert(id.crk);
+            };
+            self.left -= 1;
+            self.sealer.deks().asked(&id, self.sealer.now());
+            match self.sealer.ask_again(&crk, &wdek, self.call).await {
+                Ok(()) => self.refreshed += 1,
+                Err(error) if error.is_outage() => return self.away.insert(id.crk),
+                Err(_) => {}
+            }
+        }
+        false
+    }
+}
+
+/// What seals was not opened, and the service wraps as it should.
+fn doubt(sealer: &Sealer, wdek: &[u8]) {
+    if sealer.keys().doubt(wdek, sealer.now()) {
+        tracing::warn!("What seals was not opened once; it is asked for again.");
+    }
 }
 
 fn expire(sealer: &Sealer) {

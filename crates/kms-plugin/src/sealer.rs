@@ -35,9 +35,6 @@ pub struct Call {
 }
 
 impl Call {
-    /// kube-apiserver's own default `timeout`, for callers that name none.
-    pub const USUAL_DEADLINE: Duration = Duration::from_secs(3);
-
     /// For the field `trace_id` of each log line; without a trace there is none.
     pub fn trace_id(&self) -> Option<DisplayValue<TraceId>> {
         self.trace.map(|trace| display(trace.trace_id()))
@@ -273,7 +270,7 @@ impl Sealer {
             let asked = self.keys().to_seal();
             let new =
                 self.heard(&asked.crk, Found::Wraps, asked.crk.service.wrap_new(call).await)?;
-            match self.adopt(&asked, &new) {
+            match self.take_over(&asked, &new, call).await {
                 Err(older @ (NotAdopted::Stale | NotAdopted::Replaced { .. })) => last = older,
                 Ok(sealing) => {
                     // It does not do what the probe found any more.
@@ -296,7 +293,16 @@ impl Sealer {
     /// CACHE_TIMEOUT_IN_HOURS is 0: the same WDEK seals, but its DEK is asked for each time.
     async fn unwrap_to_seal(&self, wrapped: Wrapped, call: &Call) -> Result<Sealing, SealerError> {
         let Wrapped { crk, wdek, key_id } = wrapped;
-        let dek = self.unwrap(&crk, &wdek, call).await?;
+        let dek = self.unwrap(&crk, &wdek, call).await.map_err(|error| match error {
+            // It is our own, and no caller's.
+            SealerError::NotAuthentic => {
+                if self.keys().doubt(&wdek, self.now()) {
+                    self.want_probe();
+                }
+                crk.opens_no_more()
+            }
+            error => error,
+        })?;
         Ok(Sealing { dek, wdek, key_id, kp_version: crk.kp_version })
     }
 

@@ -23,6 +23,8 @@ pub(super) struct Active {
     pub(super) uses: u64,
     /// False once the key service was seen not to know it any more: nobody could read what it seals.
     pub(super) opens: bool,
+    /// The last answer about it was that the key service does not know it.
+    pub(super) doubted: bool,
 }
 
 impl Active {
@@ -42,15 +44,18 @@ impl Active {
             || now.saturating_sub(self.born) >= policy.max_age - policy.max_age / 10
     }
 
+    /// The next Encrypt has another DEK wrapped.
+    pub(super) fn wear_out(&mut self) {
+        (self.dek, self.uses) = (None, u64::MAX);
+    }
+
     /// # Errors
     /// If the key service does not open it any more.
     pub(super) fn check_opens(&self) -> Result<(), SealerError> {
         if self.opens {
             return Ok(());
         }
-        let backend = self.crk.service.backend();
-        let text = format!("the {backend} does not open any more what would be sealed now");
-        Err(SealerError::Unavailable { text })
+        Err(self.crk.opens_no_more())
     }
 
     /// # Errors

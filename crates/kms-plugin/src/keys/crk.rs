@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::dek_cache::CrkName;
 use crate::provider::guard::Guard;
+use crate::sealer::SealerError;
 
 /// One entry of the configuration: a CRK and the way to it.
 #[derive(Debug)]
@@ -30,6 +31,12 @@ impl Ring {
 }
 
 impl Crk {
+    pub(crate) fn opens_no_more(&self) -> SealerError {
+        let backend = self.service.backend();
+        let text = format!("the {backend} does not open any more what would be sealed now");
+        SealerError::Unavailable { text }
+    }
+
     /// The same entry, whatever URL or API key leads to it.
     pub(super) fn is_entry(&self, other: &Crk) -> bool {
         self.name == other.name && self.kp_version == other.kp_version

@@ -41,6 +41,8 @@ pub(crate) struct FakeKms {
     pub(crate) unwraps: AtomicUsize,
     /// Unwraps wait here for a permit, if there is one.
     pub(crate) gate: Mutex<Option<Arc<Semaphore>>>,
+    /// So long does an unwrap take by this clock.
+    pub(crate) slow: Mutex<Option<(Arc<ManualClock>, Duration)>>,
 }
 
 #[derive(Debug)]
@@ -53,6 +55,8 @@ struct State {
     adopted: Vec<String>,
     /// A replica that has not heard of the last rotation answers.
     lags: bool,
+    /// So many unwraps of the first DEK are answered as if the WDEK were a stranger's.
+    odd: usize,
     deks: HashMap<Vec<u8>, (Dek, String)>,
 }
 
@@ -65,11 +69,13 @@ impl FakeKms {
                 made: 1,
                 adopted: Vec::new(),
                 lags: false,
+                odd: 0,
                 deks: HashMap::new(),
             }),
             wraps: AtomicUsize::new(0),
             unwraps: AtomicUsize::new(0),
             gate: Mutex::new(None),
+            slow: Mutex::new(None),
         })
     }
 
@@ -90,6 +96,16 @@ impl FakeKms {
         self.state.lock().unwrap().versions.truncate(versions);
     }
 
+    /// As a replica that has not heard of the newest version answers.
+    pub(crate) fn forget_newest(&self) -> String {
+        self.state.lock().unwrap().versions.pop().unwrap()
+    }
+
+    /// It has.
+    pub(crate) fn remember(&self, version: &str) {
+        self.state.lock().unwrap().versions.push(version.into());
+    }
+
     /// `kms-server adopt`.
     pub(crate) fn adopt(&self, version: &str) {
         self.state.lock().unwrap().adopted.push(version.into());
@@ -97,6 +113,11 @@ impl FakeKms {
 
     pub(crate) fn set_lag(&self, lags: bool) {
         self.state.lock().unwrap().lags = lags;
+    }
+
+    /// The next unwraps of the first DEK find an HSM whose fault looks like a forged WDEK.
+    pub(crate) fn answers_oddly(&self, times: usize) {
+        self.state.lock().unwrap().odd = times;
     }
 
     pub(crate) fn dek_of(&self, wdek: &[u8]) -> Dek {
@@ -140,12 +161,19 @@ impl KeyService for FakeKms {
 
     async fn unwrap(&self, wdek: &[u8], _: &Call) -> Result<Unwrapped, Error> {
         self.unwraps.fetch_add(1, Ordering::Relaxed);
+        if let Some((clock, time)) = &*self.slow.lock().unwrap() {
+            clock.advance(*time);
+        }
         let gate = self.gate.lock().unwrap().clone();
         if let Some(gate) = gate {
             gate.acquire().await.unwrap().forget();
         }
         self.mood().await?;
-        let state = self.state.lock().unwrap();
+        let mut state = self.state.lock().unwrap();
+        if state.odd > 0 && state.deks.get(wdek).is_some_and(|_| wdek.starts_with(b"wdek-0-")) {
+            state.odd -= 1;
+            return Err(Error::NotAuthentic);
+        }
         let (mut dek, version) = state.deks.get(wdek).cloned().ok_or(Error::NotAuthentic)?;
         if !state.versions.iter().chain(&state.adopted).any(|known| *known == version) {
             return Err(Error::NotAuthentic);

@@ -114,6 +114,19 @@ async fn callers_in_a_hurry_do_not_turn_the_others_away() {
     }
     world.kms.set(Mood::Up);
     seal_v1(&sealer, b"x").await.unwrap();
+    // Those with time find an outage out, and none in a hurry takes the turn of the one who goes and sees. What is left
+    // of three seconds is never the whole of them.
+    world.kms.set(Mood::Hangs);
+    for _ in 0..3 {
+        let call = Call { deadline: Duration::from_micros(2_999_876), ..call() };
+        sealer.encrypt_v1(payload(b"x"), call).await.unwrap_err();
+    }
+    let (asked, _) = world.kms.asked();
+    world.clock.advance(Duration::from_secs(1));
+    world.kms.set(Mood::Up);
+    sealer.encrypt_v1(payload(b"x"), hurried()).await.unwrap_err();
+    assert_eq!(world.kms.asked().0, asked, "it was not let through");
+    seal_v1(&sealer, b"x").await.unwrap();
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ mod failures;
 mod interleavings;
 mod log;
 mod policy;
+mod refresh;
 mod reload;
 mod restored;
 mod rotation;
