@@ -178,6 +178,7 @@ async fn service(folder: &Path, clock: Arc<ManualClock>) -> (App, Made) {
         rate_per_instance: 0,
         rate_per_caller: 0,
         management_rate_per_caller: 0,
+        login_rate_per_caller: 0,
         ..limits::Settings::default()
     };
     let settings =

@@ -167,6 +167,7 @@ fn limits(section: &mut Section<'_>) -> limits::Settings {
     found.rate_per_caller = rate("MAX_RATE_PER_CALLER", default.rate_per_caller);
     found.management_rate_per_caller =
         rate("MAX_MANAGEMENT_RATE_PER_CALLER", default.management_rate_per_caller);
+    found.login_rate_per_caller = rate("MAX_LOGIN_RATE_PER_CALLER", default.login_rate_per_caller);
     let idle = section.number("IDLE_TIMEOUT_IN_SECONDS", 5..=3600, default.idle.as_secs());
     found.idle = Duration::from_secs(idle);
     if found.connections_per_address > found.connections {
@@ -396,6 +397,7 @@ HSM:
         let set = with(
             "  MAX_CONNECTIONS: 40\n  MAX_CONNECTIONS_PER_ADDRESS: 4\n  MAX_REQUESTS: 20\n  MAX_LOGINS: 5\n  \
              MAX_RATE_PER_INSTANCE: 0\n  MAX_RATE_PER_CALLER: 300\n  MAX_MANAGEMENT_RATE_PER_CALLER: 7\n  \
+             MAX_LOGIN_RATE_PER_CALLER: 8\n  \
              IDLE_TIMEOUT_IN_SECONDS: 350\n  AUDIT_DEADLINE_IN_MILLISECONDS: 2500\n  CLIENT_CA_FILE: \"/etc/kms/clients.crt\"\n",
         )
         .unwrap();
@@ -408,6 +410,7 @@ HSM:
             rate_per_instance: 0,
             rate_per_caller: 300,
             management_rate_per_caller: 7,
+            login_rate_per_caller: 8,
             idle: Duration::from_secs(350),
         };
         assert_eq!(set.operations.limits, wanted);
@@ -417,13 +420,14 @@ HSM:
             ["", "  MAX_CONNECTIONS: 4096\n", "  MAX_CONNECTIONS: 20\n", "  MAX_CONNECTIONS: 4\n"];
         assert_eq!(shares.map(share), [128, 1024, 16, 4]);
         let wrong = with(
-            "  MAX_RATE_PER_CALLER: -1\n  MAX_MANAGEMENT_RATE_PER_CALLER: 1000001\n  MAX_REQUESTS: 0\n  MAX_LOGINS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
+            "  MAX_RATE_PER_CALLER: -1\n  MAX_MANAGEMENT_RATE_PER_CALLER: 1000001\n  MAX_LOGIN_RATE_PER_CALLER: -2\n  MAX_REQUESTS: 0\n  MAX_LOGINS: 0\n  MAX_CONNECTIONS: 10\n  MAX_CONNECTIONS_PER_ADDRESS: 11\n  \
                   IDLE_TIMEOUT_IN_SECONDS: 0\n  AUDIT_DEADLINE_IN_MILLISECONDS: 99\n",
         );
         let said = wrong.unwrap_err().0.join("\n");
         for wanted in [
             "SERVER_CONFIG.MAX_RATE_PER_CALLER must be a whole number from 0 to 1000000",
             "SERVER_CONFIG.MAX_MANAGEMENT_RATE_PER_CALLER must be a whole number from 0 to 1000000",
+            "SERVER_CONFIG.MAX_LOGIN_RATE_PER_CALLER must be a whole number from 0 to 1000000",
             "SERVER_CONFIG.MAX_REQUESTS must be a whole number from 1 to 65536",
             "SERVER_CONFIG.MAX_LOGINS must be a whole number from 1 to 65536",
             "SERVER_CONFIG.MAX_CONNECTIONS_PER_ADDRESS is more than MAX_CONNECTIONS",

@@ -25,7 +25,8 @@ const REST: Duration = Duration::from_secs(2);
 const PROVEN_FOR: Duration = Duration::from_secs(30);
 
 /// A key that another server has just made may come into this process's sight a moment later: SoftHSM2 and the members
-/// of HSM clusters read what others wrote by and by. So long it is looked for before it counts as gone.
+/// of HSM clusters read what others wrote by and by. So long it is looked for before it counts as gone; from then on once
+/// for each use, or the uses of one that is lost would hold the places of everybody else's.
 const COMES_INTO_SIGHT: [Duration; 3] =
     [Duration::from_millis(20), Duration::from_millis(80), Duration::from_millis(200)];
 
@@ -50,6 +51,8 @@ struct State {
     open: Result<(), String>,
     /// What is not used even so.
     refused: BTreeSet<Uuid>,
+    /// What did not come into sight in time when it was last asked for.
+    missing: BTreeSet<Uuid>,
     /// To be compared with the next good probe: at the start, after the HSM was away, a while after it came to nothing.
     due: bool,
     /// How the key pairs stood last.
@@ -65,10 +68,11 @@ impl Guarded {
     #[must_use]
     pub fn new(vault: Arc<dyn Vault>, store: Arc<dyn Store>) -> Guarded {
         let open = Err("its keys have not been compared with the database yet".to_owned());
-        let refused = BTreeSet::new();
+        let (refused, missing) = (BTreeSet::new(), BTreeSet::new());
         let signers = Vec::new();
         let (proof_due, put_off) = (false, 0);
-        let state = RwLock::new(State { open, refused, due: true, signers, proof_due, put_off });
+        let due = true;
+        let state = RwLock::new(State { open, refused, missing, due, signers, proof_due, put_off });
         Guarded { shared: Arc::new(Shared { vault, store, state, comparing: Arc::default() }) }
     }
 
@@ -204,6 +208,36 @@ impl Shared {
         });
     }
 
+    /// Asks for a version that the database knows.
+    async fn in_sight<T, F: Future<Output = Result<T, VaultError>>>(
+        &self,
+        id: Uuid,
+        ask: impl Fn() -> F,
+    ) -> Result<T, VaultError> {
+        if self.is_missing(id) {
+            let answer = ask().await;
+            if answer.is_ok() {
+                self.change(|state| state.missing.retain(|one| *one != id));
+            }
+            return answer;
+        }
+        for pause in COMES_INTO_SIGHT {
+            match ask().await {
+                Err(VaultError::NotFound) => sleep(pause).await,
+                answer => return answer,
+            }
+        }
+        let answer = ask().await;
+        if matches!(answer, Err(VaultError::NotFound)) {
+            self.change(|state| state.missing.extend([id]));
+        }
+        answer
+    }
+
+    fn is_missing(&self, id: Uuid) -> bool {
+        self.state.read().unwrap_or_else(PoisonError::into_inner).missing.contains(&id)
+    }
+
     /// Keeps by what the keys are known again. Not where some are other keys: then the token is in doubt.
     async fn keep(&self, found: &Comparison) -> Result<(), ReconcileError> {
         if !found.other_keys().is_empty() {
@@ -221,19 +255,6 @@ impl Shared {
             _ => Ok(()),
         }
     }
-}
-
-/// For keys that the database knows.
-async fn in_sight<T, F: Future<Output = Result<T, VaultError>>>(
-    ask: impl Fn() -> F,
-) -> Result<T, VaultError> {
-    for pause in COMES_INTO_SIGHT {
-        match ask().await {
-            Err(VaultError::NotFound) => sleep(pause).await,
-            answer => return answer,
-        }
-    }
-    ask().await
 }
 
 #[async_trait]
@@ -260,7 +281,7 @@ impl Vault for Guarded {
         dek: SecretBytes,
     ) -> Result<Wrapped, VaultError> {
         self.pass_for(id)?;
-        in_sight(|| self.shared.vault.wrap(id, context, dek.clone())).await
+        self.shared.in_sight(id, || self.shared.vault.wrap(id, context, dek.clone())).await
     }
 
     async fn unwrap(
@@ -270,7 +291,7 @@ impl Vault for Guarded {
         wrapped: Wrapped,
     ) -> Result<SecretBytes, VaultError> {
         self.pass_for(id)?;
-        in_sight(|| self.shared.vault.unwrap(id, context, wrapped.clone())).await
+        self.shared.in_sight(id, || self.shared.vault.unwrap(id, context, wrapped.clone())).await
     }
 
     async fn wrap_gcm(
@@ -280,7 +301,7 @@ impl Vault for Guarded {
         dek: SecretBytes,
     ) -> Result<Sealed, VaultError> {
         self.pass_for(id)?;
-        in_sight(|| self.shared.vault.wrap_gcm(id, context, dek.clone())).await
+        self.shared.in_sight(id, || self.shared.vault.wrap_gcm(id, context, dek.clone())).await
     }
 
     async fn unwrap_gcm(
@@ -290,7 +311,7 @@ impl Vault for Guarded {
         sealed: Sealed,
     ) -> Result<SecretBytes, VaultError> {
         self.pass_for(id)?;
-        in_sight(|| self.shared.vault.unwrap_gcm(id, context, sealed.clone())).await
+        self.shared.in_sight(id, || self.shared.vault.unwrap_gcm(id, context, sealed.clone())).await
     }
 
     async fn check_value(&self, id: Uuid) -> Result<CheckValue, VaultError> {

@@ -20,6 +20,9 @@ const MOST_BUCKETS: usize = 10_000;
 const FEW: usize = 4;
 /// With the time that a body may take before it, no more than a request may take altogether.
 const LONGEST_TURN: Duration = Duration::from_secs(50);
+/// All nodes of a cluster may start together and share one service ID: one whose login is refused cannot read a secret.
+/// What logins cost the HSM at once has a limit of its own.
+const SECONDS_OF_LOGINS: f64 = 5.0;
 /// A connection can be refused twenty times a second, and no caller takes this for a late answer.
 const MOMENT: Duration = Duration::from_millis(50);
 
@@ -42,8 +45,10 @@ pub struct Settings {
     pub rate_per_instance: u32,
     /// The same for each service ID or profile, whatever instance it names.
     pub rate_per_caller: u32,
-    /// Its requests to the management in one second, and its logins; 0: as many as come.
+    /// Its requests to the management in one second; 0: as many as come.
     pub management_rate_per_caller: u32,
+    /// Its logins in one second, of which more may come at once than of anything else; 0: as many as come.
+    pub login_rate_per_caller: u32,
     /// How long a connection may wait for its next request, until the last byte of that request's head.
     pub idle: Duration,
 }
@@ -56,10 +61,12 @@ impl Default for Settings {
             requests: 256,
             logins: 64,
             rate_per_instance: 2000,
-            // As an instance: a cluster has a service ID of its own, and is stopped by neither before the other.
-            rate_per_caller: 2000,
-            // A plug-in logs in once an hour, a `kmsctl` in a script some times a second.
+            // Half of an instance's, so that nobody takes all of that from the others there.
+            rate_per_caller: 1000,
+            // A `kmsctl` in a script asks some times a second.
             management_rate_per_caller: 50,
+            // A plug-in logs in once an hour, but those of a thousand nodes under one service ID together at a start.
+            login_rate_per_caller: 500,
             // Ours keep an idle connection for 90 s.
             idle: Duration::from_secs(100),
         }
@@ -126,7 +133,16 @@ impl Whose {
         match self {
             Whose::Instance(_) => TooMuch::Rate,
             Whose::Caller(_) => TooMuch::RateOfCaller,
-            Whose::Management(_) | Whose::Logins(_) => TooMuch::ManagementRate,
+            Whose::Management(_) => TooMuch::ManagementRate,
+            Whose::Logins(_) => TooMuch::LoginRate,
+        }
+    }
+
+    /// How many may come at once.
+    fn most(self, rate: f64) -> f64 {
+        match self {
+            Whose::Logins(_) => rate * SECONDS_OF_LOGINS,
+            Whose::Instance(_) | Whose::Caller(_) | Whose::Management(_) => rate,
         }
     }
 
@@ -182,14 +198,18 @@ pub enum TooMuch {
     )]
     RateOfCaller,
     #[error(
-        "this service ID or profile has more logins or requests to the management a second than \
+        "this service ID or profile has more requests to the management a second than \
          MAX_MANAGEMENT_RATE_PER_CALLER allows"
     )]
     ManagementRate,
+    #[error(
+        "this service ID or profile has more logins a second than MAX_LOGIN_RATE_PER_CALLER allows"
+    )]
+    LoginRate,
 }
 
 impl TooMuch {
-    pub const ALL: [TooMuch; 7] = [
+    pub const ALL: [TooMuch; 8] = [
         TooMuch::Connections,
         TooMuch::ConnectionsOfAddress,
         TooMuch::Requests,
@@ -197,6 +217,7 @@ impl TooMuch {
         TooMuch::Rate,
         TooMuch::RateOfCaller,
         TooMuch::ManagementRate,
+        TooMuch::LoginRate,
     ];
 
     /// What metrics call it.
@@ -210,13 +231,23 @@ impl TooMuch {
             TooMuch::Rate => "rate_per_instance",
             TooMuch::RateOfCaller => "rate_per_caller",
             TooMuch::ManagementRate => "management_rate_per_caller",
+            TooMuch::LoginRate => "login_rate_per_caller",
         }
     }
 
     /// Somebody who is known asks too often, and would be served a moment later.
     #[must_use]
     pub fn is_rate(self) -> bool {
-        matches!(self, TooMuch::Rate | TooMuch::RateOfCaller | TooMuch::ManagementRate)
+        match self {
+            TooMuch::Rate
+            | TooMuch::RateOfCaller
+            | TooMuch::ManagementRate
+            | TooMuch::LoginRate => true,
+            TooMuch::Connections
+            | TooMuch::ConnectionsOfAddress
+            | TooMuch::Requests
+            | TooMuch::Logins => false,
+        }
     }
 }
 
@@ -331,7 +362,7 @@ impl Limits {
         Ok(work.await)
     }
 
-    /// Counts one against a rate. As many as come in one second may come at once.
+    /// Counts one against a rate. As many as may come in one second may come at once, of logins in [`SECONDS_OF_LOGINS`].
     ///
     /// # Errors
     /// The limit of that rate.
@@ -345,14 +376,14 @@ impl Limits {
         if buckets.len() >= MOST_BUCKETS && !buckets.contains_key(&whose) {
             buckets.retain(|whose, bucket| {
                 let rate = self.rate(*whose);
-                bucket.level(rate, now) < rate
+                bucket.level(*whose, rate, now) < whose.most(rate)
             });
             if buckets.len() >= MOST_BUCKETS {
                 whose = whose.rest();
             }
         }
-        let bucket = buckets.entry(whose).or_insert(Bucket { tokens: rate, at: now });
-        let level = bucket.level(rate, now);
+        let bucket = buckets.entry(whose).or_insert(Bucket { tokens: whose.most(rate), at: now });
+        let level = bucket.level(whose, rate, now);
         if level < 1.0 {
             return Err(self.refuse(whose.limit()));
         }
@@ -364,7 +395,8 @@ impl Limits {
         f64::from(match whose {
             Whose::Instance(_) => self.settings.rate_per_instance,
             Whose::Caller(_) => self.settings.rate_per_caller,
-            Whose::Management(_) | Whose::Logins(_) => self.settings.management_rate_per_caller,
+            Whose::Management(_) => self.settings.management_rate_per_caller,
+            Whose::Logins(_) => self.settings.login_rate_per_caller,
         })
     }
 
@@ -399,7 +431,7 @@ impl Limits {
     }
 
     fn count(&self, why: TooMuch) -> &AtomicU64 {
-        let [connections, of_address, requests, logins, rate, of_caller, management] =
+        let [connections, of_address, requests, logins, rate, of_caller, management, login_rate] =
             &self.refused;
         match why {
             TooMuch::Connections => connections,
@@ -409,14 +441,15 @@ impl Limits {
             TooMuch::Rate => rate,
             TooMuch::RateOfCaller => of_caller,
             TooMuch::ManagementRate => management,
+            TooMuch::LoginRate => login_rate,
         }
     }
 }
 
 impl Bucket {
-    fn level(&self, rate: f64, now: Duration) -> f64 {
+    fn level(&self, whose: Whose, rate: f64, now: Duration) -> f64 {
         let grown = now.saturating_sub(self.at).as_secs_f64() * rate;
-        (self.tokens + grown).min(rate)
+        (self.tokens + grown).min(whose.most(rate))
     }
 }
 

@@ -377,6 +377,7 @@ impl Metrics {
             (TooMuch::Rate, i64::from(now.limits.rate_per_instance)),
             (TooMuch::RateOfCaller, i64::from(now.limits.rate_per_caller)),
             (TooMuch::ManagementRate, i64::from(now.limits.management_rate_per_caller)),
+            (TooMuch::LoginRate, i64::from(now.limits.login_rate_per_caller)),
         ];
         for (limit, most) in allowed {
             self.limits.get_or_create(&[("limit", limit.name())]).set(most);

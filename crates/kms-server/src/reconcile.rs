@@ -37,6 +37,8 @@ pub enum Standing {
     Unfinished,
     /// Its making was interrupted, or has just begun, and the HSM holds nothing of it.
     NeverMade,
+    /// The HSM does not hold it, and its key is destroyed: nobody can miss it.
+    Gone,
     /// Its key is being purged, and that is not done: whether the HSM holds it does not matter any more.
     Purging,
 }
@@ -178,7 +180,10 @@ impl Comparison {
     #[must_use]
     pub fn has_leftovers(&self) -> bool {
         let left = |one: &Standing| {
-            matches!(one, Standing::Unfinished | Standing::NeverMade | Standing::Purging)
+            matches!(
+                one,
+                Standing::Gone | Standing::Unfinished | Standing::NeverMade | Standing::Purging
+            )
         };
         !self.incomplete.is_empty()
             || !self.unknown.is_empty()
@@ -230,16 +235,17 @@ async fn standing(
     if known.purging {
         return Ok(Standing::Purging);
     }
+    let missing = if known.destroyed { Standing::Gone } else { Standing::Lost };
     match (known.pending, held) {
         (true, true) => return Ok(Standing::Unfinished),
         (true, false) => return Ok(Standing::NeverMade),
-        (false, false) => return Ok(Standing::Lost),
+        (false, false) => return Ok(missing),
         (false, true) => {}
     }
     let found = match vault.check_value(known.version).await {
         Ok(found) => found,
         // It was there a moment ago.
-        Err(VaultError::NotFound) => return Ok(Standing::Lost),
+        Err(VaultError::NotFound) => return Ok(missing),
         Err(other) => return Err(other),
     };
     Ok(match known.check_value {

@@ -124,7 +124,8 @@ pub async fn renew(
 /// A key pair that is missing from the wrong token is not lost.
 fn is_another_token(found: &Comparison) -> bool {
     let good = found.count(|one| matches!(one, Standing::Good | Standing::Unproven(_)));
-    let gone = found.count(|one| matches!(one, Standing::Lost | Standing::OtherKey));
+    let gone =
+        found.count(|one| matches!(one, Standing::Lost | Standing::Gone | Standing::OtherKey));
     good == 0 && gone > 0
 }
 

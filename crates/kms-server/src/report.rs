@@ -48,7 +48,7 @@ pub fn log(found: &Comparison) {
             Standing::Lost | Standing::OtherKey => {
                 tracing::error!("{what}: {}", meaning(*standing));
             }
-            Standing::Unfinished | Standing::NeverMade | Standing::Purging => {
+            Standing::Gone | Standing::Unfinished | Standing::NeverMade | Standing::Purging => {
                 tracing::warn!("{what}: {}", meaning(*standing));
             }
         }
@@ -202,6 +202,7 @@ fn name(standing: Standing) -> &'static str {
         Standing::Lost => "missing",
         Standing::Unfinished => "unfinished",
         Standing::NeverMade => "never made",
+        Standing::Gone => "gone",
         Standing::Purging => "purging",
     }
 }
@@ -234,6 +235,10 @@ fn meaning(standing: Standing) -> &'static str {
         Standing::NeverMade => {
             "its making was interrupted before the HSM made anything, or has just begun. Nothing was wrapped with it, \
              unless this database is a backup of that very moment and the HSM has lost it since."
+        }
+        Standing::Gone => {
+            "its key is destroyed, and the HSM does not hold it: nobody misses it. Either the key was purged after this \
+             database was backed up, or the token's own backup is older; what another token holds of it lives on there."
         }
         Standing::Purging => {
             "the purge of its key has begun and is not done. Purge the key again: what is left of it goes, too."

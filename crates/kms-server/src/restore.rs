@@ -108,7 +108,7 @@ impl Restored {
             "The backup is of {made}. Whatever was destroyed, disabled, revoked or given since is as it was then:\n  \
              kmsctl audit query AUDIT_FILE --since {made} --action delete_key\n\
              and so with disable_key, delete_api_key, lock_api_key, rotate_api_key, delete_policy, delete_service_id: do it \
-             again. What purge_key says is gone is there again, and missing in the token.\n"
+             again. What purge_key says is gone is there again without what the HSM held of it: delete it, too.\n"
         );
         let versions = found.versions.iter();
         let lost = versions.filter(|(_, standing)| *standing == Standing::Lost);

@@ -30,7 +30,7 @@ fn connections_are_counted_by_address_and_together() {
     drop(first);
     let _fourth = limits.connect(Port::Keys, one).unwrap();
     assert_eq!(limits.connections(), 3);
-    assert_eq!(limits.refused().map(|(_, count)| count), [1, 1, 0, 0, 0, 0, 0]);
+    assert_eq!(limits.refused().map(|(_, count)| count), [1, 1, 0, 0, 0, 0, 0, 0]);
 }
 
 #[test]
@@ -81,7 +81,7 @@ async fn requests_take_turns_that_are_not_those_of_logins_and_a_refusal_takes_a_
         limits.requests()
     };
     assert_eq!(limits.request(beside).await, Ok(1));
-    assert_eq!(limits.refused().map(|(_, count)| count), [0, 0, 1, 1, 0, 0, 0]);
+    assert_eq!(limits.refused().map(|(_, count)| count), [0, 0, 1, 1, 0, 0, 0, 0]);
     assert_eq!(limits.request(async { 7 }).await, Ok(7));
 }
 
@@ -121,14 +121,41 @@ fn each_rate_has_its_own_limit() {
         rate_per_instance: 3,
         rate_per_caller: 5,
         management_rate_per_caller: 7,
+        login_rate_per_caller: 2,
         ..Settings::default()
     };
     let (limits, _) = limits(settings);
     let id = Uuid::from_u128(1);
     let spend = |whose| (0..100).filter(|_| limits.spend(whose).is_ok()).count();
     let whose = [Whose::Instance(id), Whose::Caller(id), Whose::Management(id), Whose::Logins(id)];
-    assert_eq!(whose.map(spend), [3, 5, 7, 7]);
-    assert_eq!(limits.refused().map(|(_, count)| count), [0, 0, 0, 0, 97, 95, 186]);
+    assert_eq!(whose.map(spend), [3, 5, 7, 10]);
+    assert_eq!(limits.refused().map(|(_, count)| count), [0, 0, 0, 0, 97, 95, 93, 90]);
+}
+
+/// Each has no token: at a cold start, or since the API key of all of them has a new secret.
+#[test]
+fn a_thousand_plug_ins_of_one_service_id_log_in_at_once() {
+    let (limits, clock) = limits(Settings::default());
+    let spend = |whose| (0..10_000).filter(|_| limits.spend(whose).is_ok()).count();
+    let [busy, other] = [1, 2].map(Uuid::from_u128).map(Whose::Logins);
+    assert!((1000..10_000).contains(&spend(busy)));
+    clock.advance(Duration::from_secs(1));
+    assert!((500..1000).contains(&spend(busy)), "and as many a second as go on trying");
+    assert!(spend(other) >= 1000, "another service ID is not told of it");
+}
+
+#[test]
+fn of_two_callers_in_one_instance_none_takes_it_all() {
+    let (limits, _) = limits(Settings::default());
+    let instance = Whose::Instance(Uuid::nil());
+    let ask = |caller| {
+        let whose = Whose::Caller(Uuid::from_u128(caller));
+        (0..10_000)
+            .filter(|_| limits.spend(whose).and_then(|()| limits.spend(instance)).is_ok())
+            .count()
+    };
+    let (noisy, quiet) = (ask(1), ask(2));
+    assert_eq!((noisy, quiet), (1000, 1000));
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::issue_token::hash;
 use super::service_ids::{managed, managed_one};
 use super::{Call, Error, Subject, announce, record};
 use crate::app::App;
-use crate::policy::Action;
+use crate::policy::{Action, Credential};
 use crate::store::{ApiKey, NewSecret};
 use crate::token::random_uuid;
 use base64::Engine;
@@ -78,11 +78,11 @@ pub async fn unlock_api_key(app: &App, call: &Call, id: Uuid) -> Result<(), Erro
 }
 
 /// A new secret under the same id. The one before, with all tokens that it got, ends when `overlap` is over, and those
-/// before that one at once.
+/// before that one at once; where the caller logged in with one of those before, that stays good instead of the last.
 ///
 /// # Errors
-/// `Denied`, `NotFound`, and those of HSM, database and audit log. Whoever gets no answer rotates again: the new secret
-/// may be in force, and nobody knows it.
+/// `Denied`, `NotFound`, `Conflict` where the last administrator's ends without an overlap, and those of HSM, database
+/// and audit log. Whoever gets no answer rotates again: the new secret may be in force, and nobody knows it.
 pub async fn rotate_api_key(
     app: &App,
     call: &Call,
@@ -92,7 +92,11 @@ pub async fn rotate_api_key(
     let key = managed_key(app, call, Action::RotateApiKey, id).await?;
     let (text, at) = (random_api_key(&*app.vault).await?, app.now());
     let old_until = (!overlap.is_zero()).then(|| at + overlap);
-    let new = NewSecret { hash: hash(&text), at, old_until };
+    let by = match call.caller.credential {
+        Credential::ApiKey(secret) => Some(secret),
+        Credential::Profile(_) => None,
+    };
+    let new = NewSecret { hash: hash(&text), at, old_until, by };
     announce(app, call, Action::RotateApiKey, of(&key)).await?;
     if !app.store.rotate_api_key(id, &new).await? {
         return Err(Error::NotFound("API key"));

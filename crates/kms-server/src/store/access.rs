@@ -141,6 +141,9 @@ pub struct NewSecret {
     pub at: OffsetDateTime,
     /// How long the secret before it is taken as well; `None`: no longer.
     pub old_until: Option<OffsetDateTime>,
+    /// By what whoever asks for it logged in. If that is the older of two good secrets of this very API key, it is the
+    /// one that stays good: nobody may have got the other.
+    pub by: Option<ApiKeySecret>,
 }
 
 /// Whose tokens of another issuer speak for a service ID.

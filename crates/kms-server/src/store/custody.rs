@@ -53,6 +53,8 @@ pub struct KnownVersion {
     pub pending: bool,
     /// Its key is being purged: the HSM may hold it or not.
     pub purging: bool,
+    /// Its key is destroyed: what it wrapped is opened for nobody any more.
+    pub destroyed: bool,
     pub created_at: OffsetDateTime,
     /// `None` for versions of older servers that no newer one has seen in the HSM yet.
     pub check_value: Option<CheckValue>,

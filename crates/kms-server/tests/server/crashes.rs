@@ -2,14 +2,17 @@
 
 use crate::harness::faulty_store::{Fault, Step};
 use crate::harness::{Server, crowd, new_key};
+use kms_core::secret::SecretBytes;
 use kms_hsm::memory;
 use kms_hsm::{Vault, VaultError};
 use kms_server::reconcile::{Comparison, Pair, Standing, compare};
 use kms_server::store::Custody;
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 const PLAINTEXT: &str = "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY=";
 const DATABASE_AWAY: &str =
@@ -156,6 +159,33 @@ async fn every_difference_between_hsm_and_database_is_found() {
     assert_eq!((standings, found.signing_keys[0].pair), (vec![Standing::Lost], Pair::Lost));
     assert!(found.verdict().is_err());
     assert!(empty.versions().await.unwrap().is_empty(), "nothing was made in its place");
+}
+
+/// A version that another server has just made is waited for; one that is lost would hold a place among the requests each time.
+#[tokio::test]
+async fn a_version_that_was_looked_for_in_vain_is_asked_for_without_a_pause() {
+    let server = Server::start().await;
+    let token = server.admin().await;
+    let id = server.create_id(&token, "crk").await;
+    let (_, version) = server.wrap(&token, &id, PLAINTEXT).await;
+    let version = version.parse().unwrap();
+    let vault = &server.app.vault;
+    let wrap = async || {
+        let (began, dek) = (Instant::now(), SecretBytes::new(vec![7; 32]));
+        (vault.wrap(version, b"", dek).await.map(drop), began.elapsed())
+    };
+    tokio::time::pause();
+    for _ in 0..2 {
+        server.vault.lose_version(version);
+        let (lost, took) = wrap().await;
+        assert_eq!(lost, Err(VaultError::NotFound));
+        assert!(took >= Duration::from_millis(300), "{took:?}: it may come into sight");
+        for _ in 0..100 {
+            assert_eq!(wrap().await, (Err(VaultError::NotFound), Duration::ZERO));
+        }
+        server.vault.create_version(version).await.unwrap();
+        assert_eq!(wrap().await, (Ok(()), Duration::ZERO), "it is found as soon as it is there");
+    }
 }
 
 #[tokio::test]

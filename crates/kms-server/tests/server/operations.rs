@@ -238,10 +238,16 @@ struct Lease(Child);
 impl Lease {
     /// Of a new file at `path`. `None`, with a notice, where there is no Python; fails where `CI=true`.
     fn take(path: &Path) -> Option<Lease> {
-        let script = "import fcntl, os, signal, sys\n\
+        // Not while somebody has it open, such as the child of another test between its fork and its exec.
+        let script = "import fcntl, os, signal, sys, time\n\
                       signal.signal(signal.SIGIO, signal.SIG_IGN)\n\
                       file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)\n\
-                      fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+                      for _ in range(1000):\n\
+                      \x20 try:\n\
+                      \x20   fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+                      \x20   break\n\
+                      \x20 except BlockingIOError: time.sleep(0.01)\n\
+                      else: sys.exit('never leased')\n\
                       print('taken', flush=True)\n\
                       sys.stdin.read()\n";
         let mut command = Command::new("python3");

@@ -104,6 +104,34 @@ impl Stage {
     }
 }
 
+/// The token lacks what was purged after the database was backed up: for good, so no alarm may stay that hides the next one.
+#[tokio::test]
+async fn a_destroyed_key_that_the_hsm_does_not_hold_is_no_loss() {
+    let stage = Stage::ripe().await;
+    for version in stage.versions().await {
+        stage.server.vault.lose_version(version);
+    }
+    assert_eq!(stage.standings().await, (vec![Standing::Lost; 2], Ending::Bad), "it is in use");
+    let stage = stage.destroyed().await;
+    assert_eq!(stage.standings().await, (vec![Standing::Gone; 2], Ending::Leftovers));
+    let answer = stage.purge().await;
+    assert!(answer.status == 409 && answer.body.contains("does not hold version"), "{answer:?}");
+    // The others alone decide whether this is the right token.
+    let found = async || compare(&*stage.server.vault, &*stage.server.store).await.unwrap();
+    assert_eq!(found().await.verdict(), Ok(()));
+    let held = stage.held().await;
+    assert_eq!(held.len(), 1);
+    for living in held {
+        stage.server.vault.lose_version(living);
+    }
+    let cause = found().await.verdict().unwrap_err();
+    assert!(cause.contains("holds none of the 1 root key versions"), "{cause}");
+    let path = format!("/keys/{}", stage.living);
+    assert_eq!(stage.server.call(&stage.admin, "DELETE", &path, "").await.status, 204);
+    let found = found().await;
+    assert_eq!((found.verdict(), ending(&found)), (Ok(()), Ending::Leftovers), "all are gone");
+}
+
 async fn purger(server: &Server) -> String {
     server.identity(Role::KeyPurge, Scope::Instance(server.instance())).await.1
 }

@@ -43,7 +43,7 @@ async fn one_of_each(server: &Server) -> Vec<(&'static str, String)> {
     let now = server.clock.wall().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (text, _) = admin.rsplit_once('.').unwrap();
     let mut tokens = vec![
-        ("TOKEN_FOREIGN", "canary.of.a-token".to_owned()),
+        ("TOKEN_FOREIGN", "canary-header.canary-claims.canary-signature".to_owned()),
         ("TOKEN_SIGNATURE", signed_by_a_stranger(text)),
         ("TOKEN_REVOKED", locked),
     ];
@@ -114,7 +114,12 @@ async fn a_flood_of_refused_tokens_is_a_few_records_and_harms_nobody_else() {
     let before = server.app.audit.head().seq;
     for number in 0..200 {
         let address = if number % 2 == 0 { server.keys } else { server.tokens };
-        assert_eq!(show(&server, address, "canary.of.a-token", "flood").await.status, 401);
+        assert_eq!(
+            show(&server, address, "canary-header.canary-claims.canary-signature", "flood")
+                .await
+                .status,
+            401
+        );
     }
     server.clock.advance(Duration::from_secs(3606));
     for _ in 0..10 {

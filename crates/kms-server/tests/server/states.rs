@@ -176,5 +176,11 @@ async fn a_key_that_comes_into_the_hsms_sight_a_moment_later_is_not_lost() {
         hides(4);
         let answer = server.call(&token, "POST", &path, body).await;
         assert_eq!(answer.status, 500, "{action}: {answer:?}");
+        // From now on it is not waited for, until it was seen again.
+        hides(1);
+        let answer = server.call(&token, "POST", &path, body).await;
+        assert_eq!(answer.status, 500, "{action}: {answer:?}");
+        let answer = server.call(&token, "POST", &path, body).await;
+        assert_eq!(answer.status, 200, "{action}: {answer:?}");
     }
 }

@@ -181,7 +181,7 @@ async fn a_rotated_secret_lives_on_as_long_as_was_said_and_the_one_before_it_not
     let (_, store) = open(&dir).await;
     store.initialise(&first()).await.unwrap();
     let later = |seconds| NOW + time::Duration::seconds(seconds);
-    let new = |hash: u8, old_until| NewSecret { hash: [hash; 32], at: NOW, old_until };
+    let new = |hash: u8, old_until| NewSecret { hash: [hash; 32], at: NOW, old_until, by: None };
     assert!(store.rotate_api_key(id(3), &new(7, Some(later(60)))).await.unwrap());
     for (hash, generation) in [(6, 1), (7, 2)] {
         let caller = store.caller_by_hash(&[hash; 32], later(59)).await.unwrap().unwrap();
@@ -208,6 +208,41 @@ async fn a_rotated_secret_lives_on_as_long_as_was_said_and_the_one_before_it_not
     assert!(store.revoke_api_key(id(3), NOW).await.unwrap());
     assert!(!store.rotate_api_key(id(3), &new(10, None)).await.unwrap());
     assert!(!store.lock_api_key(id(3), Some(NOW)).await.unwrap());
+}
+
+/// The answers to two rotations were lost: by the third the caller must still be able to log in.
+#[tokio::test]
+async fn who_rotates_with_the_older_secret_keeps_that_one_and_ends_the_other_with_its_tokens() {
+    let dir = TempDir::new().unwrap();
+    let (_, store) = open(&dir).await;
+    store.initialise(&first()).await.unwrap();
+    let end = NOW + time::Duration::seconds(60);
+    let rotate = async |hash: u8, old_until, by| {
+        let new = NewSecret { hash: [hash; 32], at: NOW, old_until, by };
+        assert!(store.rotate_api_key(id(3), &new).await.unwrap());
+    };
+    let log_in = async |hash: u8| {
+        let caller = store.caller_by_hash(&[hash; 32], NOW).await.unwrap();
+        caller.map(|caller| caller.credential)
+    };
+    let known =
+        async |generation| store.caller(id(2), &secret(generation), NOW).await.unwrap().is_some();
+    rotate(7, Some(end), Some(secret(1))).await;
+    rotate(8, Some(end), Some(secret(1))).await;
+    assert_eq!(log_in(6).await, Some(Credential::ApiKey(secret(3))));
+    assert_eq!(log_in(8).await, Some(Credential::ApiKey(secret(4))));
+    assert_eq!(log_in(7).await, None);
+    assert_eq!([known(1).await, known(2).await, known(3).await], [false, false, true]);
+    rotate(9, Some(end), Some(secret(3))).await;
+    assert!(log_in(6).await.is_some() && log_in(8).await.is_none());
+    // With the newest it is the newest that stays, and another API key's secret says nothing about this one's.
+    rotate(10, Some(end), Some(secret(6))).await;
+    assert!(log_in(6).await.is_none() && log_in(9).await.is_some());
+    let other = ApiKeySecret { api_key: id(77), generation: 6 };
+    rotate(11, Some(end), Some(other)).await;
+    assert!(log_in(9).await.is_none() && log_in(10).await.is_some());
+    rotate(12, None, Some(secret(7))).await;
+    assert!(log_in(10).await.is_none() && log_in(11).await.is_none() && log_in(12).await.is_some());
 }
 
 /// The tables as the version before policies left them: one role on each service ID.

@@ -58,7 +58,8 @@ enum Verb {
     Rotate {
         /// The id (not the API key), as `list` shows it
         id: String,
-        /// How long the secret before it is taken as well, so that whoever uses it can change over
+        /// How long the secret before it is taken as well, so that whoever uses it can change over, and an answer that is
+        /// lost costs nothing. The last administrator's API key needs at least 60
         #[arg(long, value_name = "SECONDS", default_value_t = 0)]
         overlap: u32,
         /// Write it to a new file that only its owner can read, instead of showing it

@@ -10,6 +10,9 @@ use sqlx::sqlite::SqliteRow;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
+/// Whoever gets no answer to a rotation has time to ask for another one.
+const LONG_ENOUGH: time::Duration = time::Duration::minutes(1);
+
 #[async_trait]
 impl Access for SqliteStore {
     async fn add_service_id(&self, service_id: &ServiceId) -> Result<(), StoreError> {
@@ -45,7 +48,7 @@ impl Access for SqliteStore {
 
     async fn remove_service_id(&self, id: Uuid) -> Result<bool, StoreError> {
         let mut tx = self.write().await?;
-        let before = administrators(&mut tx).await?;
+        let before = administrators(&mut tx, None).await?;
         let mut removed = 0;
         for statement in [
             "DELETE FROM profiles WHERE service_id = ?",
@@ -56,7 +59,7 @@ impl Access for SqliteStore {
             let done = sqlx::query(statement).bind(id.to_string()).execute(&mut *tx).await?;
             removed = done.rows_affected();
         }
-        before.outlived_by(administrators(&mut tx).await?)?;
+        before.outlived_by(administrators(&mut tx, None).await?)?;
         tx.commit().await?;
         Ok(removed == 1)
     }
@@ -69,12 +72,12 @@ impl Access for SqliteStore {
 
     async fn remove_policy(&self, id: Uuid) -> Result<bool, StoreError> {
         let mut tx = self.write().await?;
-        let before = administrators(&mut tx).await?;
+        let before = administrators(&mut tx, None).await?;
         let done = sqlx::query("DELETE FROM policies WHERE id = ?")
             .bind(id.to_string())
             .execute(&mut *tx)
             .await?;
-        before.outlived_by(administrators(&mut tx).await?)?;
+        before.outlived_by(administrators(&mut tx, None).await?)?;
         tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
@@ -108,7 +111,7 @@ impl Access for SqliteStore {
 
     async fn lock_api_key(&self, id: Uuid, at: Option<OffsetDateTime>) -> Result<bool, StoreError> {
         let mut tx = self.write().await?;
-        let before = administrators(&mut tx).await?;
+        let before = administrators(&mut tx, None).await?;
         let done = sqlx::query(
             "UPDATE api_keys SET locked_at = ?1
              WHERE id = ?2 AND revoked_at IS NULL AND (locked_at IS NULL) = (?1 IS NOT NULL)",
@@ -117,36 +120,48 @@ impl Access for SqliteStore {
         .bind(id.to_string())
         .execute(&mut *tx)
         .await?;
-        before.outlived_by(administrators(&mut tx).await?)?;
+        before.outlived_by(administrators(&mut tx, None).await?)?;
         tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
     async fn rotate_api_key(&self, id: Uuid, new: &NewSecret) -> Result<bool, StoreError> {
+        let mut tx = self.write().await?;
+        if new.old_until.is_none_or(|end| end < new.at + LONG_ENOUGH) {
+            let before = administrators(&mut tx, None).await?;
+            before.rotated_into(administrators(&mut tx, Some(id)).await?)?;
+        }
+        // Where the caller logged in with the secret before the newest, nobody may have got the newest: then it is that
+        // one which ends, with its tokens. Two generations on, none of them is good for either of the others.
         let done = sqlx::query(
-            "UPDATE api_keys SET hash = ?1, generation = generation + 1, rotated_at = ?2,
-                    old_until = ?3, old_hash = CASE WHEN ?3 IS NULL THEN NULL ELSE hash END
+            "UPDATE api_keys SET hash = ?1, rotated_at = ?2, old_until = ?3,
+                    generation = generation + CASE WHEN ?5 = generation - 1 AND old_hash IS NOT NULL THEN 2 ELSE 1 END,
+                    old_hash = CASE WHEN ?3 IS NULL THEN NULL
+                                    WHEN ?5 = generation - 1 AND old_hash IS NOT NULL THEN old_hash
+                                    ELSE hash END
              WHERE id = ?4 AND revoked_at IS NULL",
         )
         .bind(new.hash.as_slice())
         .bind(nanoseconds(new.at)?)
         .bind(new.old_until.map(nanoseconds).transpose()?)
         .bind(id.to_string())
-        .execute(&self.pool)
+        .bind(new.by.filter(|by| by.api_key == id).map(|by| by.generation))
+        .execute(&mut *tx)
         .await?;
+        tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
     async fn revoke_api_key(&self, id: Uuid, at: OffsetDateTime) -> Result<bool, StoreError> {
         let mut tx = self.write().await?;
-        let before = administrators(&mut tx).await?;
+        let before = administrators(&mut tx, None).await?;
         let done =
             sqlx::query("UPDATE api_keys SET revoked_at = ? WHERE id = ? AND revoked_at IS NULL")
                 .bind(nanoseconds(at)?)
                 .bind(id.to_string())
                 .execute(&mut *tx)
                 .await?;
-        before.outlived_by(administrators(&mut tx).await?)?;
+        before.outlived_by(administrators(&mut tx, None).await?)?;
         tx.commit().await?;
         Ok(done.rows_affected() == 1)
     }
@@ -269,14 +284,16 @@ struct Administrators {
     api_keys: i64,
 }
 
-async fn administrators(tx: &mut Tx) -> Result<Administrators, StoreError> {
+/// As it would be without the API key `without`.
+async fn administrators(tx: &mut Tx, without: Option<Uuid>) -> Result<Administrators, StoreError> {
     let row = sqlx::query(
-        "WITH them AS (SELECT service_id FROM policies WHERE role = ? AND instance_id IS NULL)
+        "WITH them AS (SELECT service_id FROM policies WHERE role = ?1 AND instance_id IS NULL)
          SELECT (SELECT count(*) FROM them) AS policies,
-                (SELECT count(*) FROM api_keys WHERE revoked_at IS NULL AND locked_at IS NULL
+                (SELECT count(*) FROM api_keys WHERE revoked_at IS NULL AND locked_at IS NULL AND id IS NOT ?2
                      AND service_id IN (SELECT service_id FROM them)) AS api_keys",
     )
     .bind(Role::ClusterAdministrator.name())
+    .bind(without.map(|id| id.to_string()))
     .fetch_one(&mut **tx)
     .await?;
     Ok(Administrators { policies: row.try_get("policies")?, api_keys: row.try_get("api_keys")? })
@@ -285,7 +302,6 @@ async fn administrators(tx: &mut Tx) -> Result<Administrators, StoreError> {
 impl Administrators {
     /// Whether a change that leaves `after` may be committed. What is lost already is in nobody's way.
     fn outlived_by(self, after: Administrators) -> Result<(), StoreError> {
-        let ends = |before: i64, after: i64| before > 0 && after == 0;
         let why = if ends(self.policies, after.policies) {
             "this is the last ClusterAdministrator of the server, without whom nobody can manage it: give another \
              service ID that role and an API key first"
@@ -297,6 +313,23 @@ impl Administrators {
         };
         Err(StoreError::Conflict(why.into()))
     }
+
+    /// Whether the secret of an API key may end at once, which leaves `after` until its next one has arrived.
+    fn rotated_into(self, after: Administrators) -> Result<(), StoreError> {
+        if !ends(self.api_keys, after.api_keys) {
+            return Ok(());
+        }
+        let why = format!(
+            "this is the last API key by which a ClusterAdministrator of the server can log in, and if the answer with its \
+             new secret were lost, nobody could manage it for good: give an overlap of at least {} seconds",
+            LONG_ENOUGH.whole_seconds()
+        );
+        Err(StoreError::Conflict(why))
+    }
+}
+
+fn ends(before: i64, after: i64) -> bool {
+    before > 0 && after == 0
 }
 
 /// A caller by one secret of an API key, and when that ends because there is a newer one. No time is in the question,

@@ -16,7 +16,8 @@ impl Custody for SqliteStore {
     async fn known_versions(&self) -> Result<Vec<KnownVersion>, StoreError> {
         let rows = sqlx::query(
             "SELECT k.instance_id, k.id AS key_id, v.id, v.number IS NULL AS pending,
-                    k.purge_begun_at IS NOT NULL AS purging, v.created_at, v.check_value
+                    k.purge_begun_at IS NOT NULL AS purging, k.state = 5 AS destroyed,
+                    v.created_at, v.check_value
              FROM key_versions v JOIN keys k ON k.id = v.key_id
              ORDER BY k.instance_id, k.id, v.created_at, v.id",
         )
@@ -112,6 +113,7 @@ fn known_version(row: &SqliteRow) -> Result<KnownVersion, StoreError> {
         version,
         pending: row.try_get("pending")?,
         purging: row.try_get("purging")?,
+        destroyed: row.try_get("destroyed")?,
         created_at: stamp(row, "created_at")?,
         check_value: value
             .map_err(|_| StoreError::Corrupt(format!("the check value of {version}")))?,

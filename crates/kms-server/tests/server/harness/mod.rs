@@ -69,6 +69,7 @@ impl Server {
             rate_per_instance: 0,
             rate_per_caller: 0,
             management_rate_per_caller: 0,
+            login_rate_per_caller: 0,
             ..limits::Settings::default()
         };
         let audit_deadline = Duration::from_secs(30);

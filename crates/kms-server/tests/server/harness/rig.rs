@@ -115,7 +115,7 @@ impl Rig {
              HEALTH_ADDRESS: \"{health}\"\n  TLS_CERT_FILE: \"{dir}/tls.crt\"\n  \
              TLS_KEY_FILE: \"{dir}/tls.key\"\n  DATABASE_URL: \"sqlite://{dir}/kms.db\"\n  \
              AUDIT_FILE: \"{audit}\"\n  AUDIT_DEADLINE_IN_MILLISECONDS: {PATIENCE}\n  NODE_ID: \"{}\"\n  MAX_RATE_PER_INSTANCE: 0\n  \
-             MAX_RATE_PER_CALLER: 0\n  MAX_MANAGEMENT_RATE_PER_CALLER: 0\n  \
+             MAX_RATE_PER_CALLER: 0\n  MAX_MANAGEMENT_RATE_PER_CALLER: 0\n  MAX_LOGIN_RATE_PER_CALLER: 0\n  \
              MIN_PURGE_WAIT_IN_SECONDS: 0\n\
              HSM:\n  PKCS11_LIBRARY: \"{}\"\n  TOKEN_LABEL: \"rig\"\n  PIN: \"582910\"\n  \
              SO_PIN_FILE: \"{dir}/so-pin\"\n  ISOLATION: \"{isolation}\"\n{deadline}",
