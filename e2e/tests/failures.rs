@@ -9,7 +9,6 @@ use keelson_e2e::assets::Kubernetes;
 use keelson_e2e::chain::{Chain, SecretsThrough, Shared};
 use keelson_e2e::driver::Driver;
 use keelson_e2e::{Error, Result, wait};
-use kms_core::clock::{Clock, SystemClock};
 
 static CHAIN: Shared = Shared::new(|| {
     Chain::for_test("failures", Some(Kubernetes::V1_37), SecretsThrough::V1, |config| {
@@ -17,8 +16,6 @@ static CHAIN: Shared = Shared::new(|| {
     })
 });
 
-/// For what must answer "at once": far below kube-apiserver's deadline of 3 s, far above a busy machine's delays.
-const AT_ONCE: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(60);
 
 #[test]
@@ -51,10 +48,10 @@ fn the_key_service_hangs() -> Result<()> {
         let sealed = driver.v2_encrypt(b"cached")?;
 
         let answers_at_once = || -> Result<()> {
-            at_once("Status", || driver.v2_status())?;
-            at_once("v1 Encrypt", || driver.v1_encrypt(b"under the DEK in memory"))?;
-            assert_eq!(at_once("v1 Decrypt", || driver.v1_decrypt(&cipher))?, b"cached");
-            assert_eq!(at_once("v2 Decrypt", || driver.v2_decrypt(&sealed))?, b"cached");
+            wait::at_once("Status", || driver.v2_status())?;
+            wait::at_once("v1 Encrypt", || driver.v1_encrypt(b"under the DEK in memory"))?;
+            assert_eq!(wait::at_once("v1 Decrypt", || driver.v1_decrypt(&cipher))?, b"cached");
+            assert_eq!(wait::at_once("v2 Decrypt", || driver.v2_decrypt(&sealed))?, b"cached");
             Ok(())
         };
         chain.key_service.server.freeze()?;
@@ -152,19 +149,4 @@ fn accepted(kubectl: &Kubectl, name: &str) -> Result<()> {
         kubectl.create_secret(name, "password", VALUE).map_err(|error| error.to_string())
     })
     .map(drop)
-}
-
-/// In one attempt at least: other work on the machine only ever makes it later.
-fn at_once<T>(what: &str, call: impl Fn() -> Result<T>) -> Result<T> {
-    let mut seen = Vec::new();
-    loop {
-        let clock = SystemClock::new();
-        let answer = call()?;
-        let took = clock.now();
-        if took < AT_ONCE {
-            return Ok(answer);
-        }
-        seen.push(took);
-        assert!(seen.len() < 5, "{what} took {seen:?}");
-    }
 }

@@ -7,10 +7,7 @@ use keelson_e2e::chain::Chain;
 use keelson_e2e::driver::Driver;
 use keelson_e2e::{Error, Result, wait};
 use kms_api::grpc::v2::EncryptResponse;
-use kms_core::clock::{Clock, SystemClock};
 
-/// For what must answer "at once": far below kube-apiserver's deadline of 3 s, far above a busy machine's delays.
-const AT_ONCE: Duration = Duration::from_millis(500);
 const SOON: Duration = Duration::from_secs(60);
 const PAYLOAD: &[u8] = b"sealed before the outage";
 
@@ -85,11 +82,11 @@ impl Before {
     pub(crate) fn only_opens(&self, chain: &Chain, cause: &str) -> Result<()> {
         not_ready(chain, cause)?;
         let driver = Driver::connect(&chain.plugin.config.socket)?;
-        refused_by("Status", at_once("Status", || Ok(driver.v2_status().map(drop)))?, cause)?;
+        refused_by("Status", wait::at_once("Status", || Ok(driver.v2_status().map(drop)))?, cause)?;
         refused_by("v1 Encrypt", driver.v1_encrypt(b"now").map(drop), cause)?;
         refused_by("v2 Encrypt", driver.v2_encrypt(b"now").map(drop), cause)?;
-        assert_eq!(at_once("v1 Decrypt", || driver.v1_decrypt(&self.v1))?, PAYLOAD);
-        assert_eq!(at_once("v2 Decrypt", || driver.v2_decrypt(&self.v2))?, PAYLOAD);
+        assert_eq!(wait::at_once("v1 Decrypt", || driver.v1_decrypt(&self.v1))?, PAYLOAD);
+        assert_eq!(wait::at_once("v2 Decrypt", || driver.v2_decrypt(&self.v2))?, PAYLOAD);
         let metrics = metrics(chain)?;
         assert!(value(&metrics, "kmsplugin_dek_cache_entries") > 0, "{metrics}");
         refused(chain, &format!("{}-refused", self.name), cause)
@@ -137,11 +134,11 @@ impl Before {
     fn all_is_served(&self, chain: &Chain) -> Result<()> {
         alive(chain)?;
         let driver = Driver::connect(&chain.plugin.config.socket)?;
-        at_once("Status", || driver.v2_status())?;
-        at_once("v1 Encrypt", || driver.v1_encrypt(b"now"))?;
-        at_once("v2 Encrypt", || driver.v2_encrypt(b"now"))?;
-        assert_eq!(at_once("v1 Decrypt", || driver.v1_decrypt(&self.v1))?, PAYLOAD);
-        assert_eq!(at_once("v2 Decrypt", || driver.v2_decrypt(&self.v2))?, PAYLOAD);
+        wait::at_once("Status", || driver.v2_status())?;
+        wait::at_once("v1 Encrypt", || driver.v1_encrypt(b"now"))?;
+        wait::at_once("v2 Encrypt", || driver.v2_encrypt(b"now"))?;
+        assert_eq!(wait::at_once("v1 Decrypt", || driver.v1_decrypt(&self.v1))?, PAYLOAD);
+        assert_eq!(wait::at_once("v2 Decrypt", || driver.v2_decrypt(&self.v2))?, PAYLOAD);
         self.is_read(chain)?;
         accepted(chain, &format!("{}-now", self.name))?;
         chain.kubectl()?.run(&["delete", "secret", &format!("{}-now", self.name)], b"").map(drop)
@@ -159,7 +156,7 @@ impl Before {
 
     fn nothing_is_sealed_or_opened(&self, chain: &Chain, cause: &str) -> Result<()> {
         let driver = Driver::connect(&chain.plugin.config.socket)?;
-        refused_by("Status", at_once("Status", || Ok(driver.v2_status().map(drop)))?, cause)?;
+        refused_by("Status", wait::at_once("Status", || Ok(driver.v2_status().map(drop)))?, cause)?;
         refused_by("v1 Encrypt", driver.v1_encrypt(b"now").map(drop), cause)?;
         refused_by("v2 Encrypt", driver.v2_encrypt(b"now").map(drop), cause)?;
         refused_by("v1 Decrypt", driver.v1_decrypt(&self.v1).map(drop), cause)?;
@@ -239,20 +236,5 @@ fn refused_by(call: &str, answer: Result<()>, cause: &str) -> Result<()> {
     match answer {
         Err(Error::Rpc(status)) if status.message().contains(cause) => Ok(()),
         other => Err(Error::answer(call, format!("{other:?} instead of {cause:?}"))),
-    }
-}
-
-/// In one attempt at least: other work on the machine only ever makes it later.
-fn at_once<T>(what: &str, call: impl Fn() -> Result<T>) -> Result<T> {
-    let mut seen = Vec::new();
-    loop {
-        let clock = SystemClock::new();
-        let answer = call()?;
-        let took = clock.now();
-        if took < AT_ONCE {
-            return Ok(answer);
-        }
-        seen.push(took);
-        assert!(seen.len() < 5, "{what} took {seen:?}");
     }
 }
